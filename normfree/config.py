@@ -1,0 +1,386 @@
+"""Every setting of a run, as typed dataclasses, and the rules between them.
+
+Torch and Hydra are not imported here: a mistake is found before either costs a second. Each key says in one line what
+it does, and whether it can change the trained weights: those keys name the run directory, and a resumed run must agree
+with its checkpoint on all of them (`max_steps` aside, which `resume=` may extend).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from normfree.errors import UserError, unknown
+from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES
+
+VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
+DEFAULT_SEQ_LEN = 128  # the papers' context length
+
+
+def key(default: Any, help: str, *, weights: bool = True) -> Any:
+    """A setting: its default, one line of help, and whether it can change the trained weights."""
+    metadata = {"help": help, "weights": weights}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(cls: type) -> Any:
+    return field(default_factory=cls)
+
+
+@dataclass
+class BiasConfig:
+    """Biases, per kind of matrix. GPT-2 and Pythia: all on. The papers' GPT-2: only `qk`."""
+
+    qk: bool = key(True, "queries and keys")
+    v: bool = key(True, "values")
+    attn_proj: bool = key(True, "output of attention")
+    mlp_fc: bool = key(True, "input of the feed-forward layer")
+    mlp_proj: bool = key(True, "output of the feed-forward layer")
+
+
+@dataclass
+class DropoutConfig:
+    """Dropout probabilities in [0, 1)."""
+
+    embed: float = key(0.0, "on the sum of token and position embedding")
+    attn: float = key(0.0, "on attention probabilities (entropy is of the distribution before it)")
+    resid: float = key(0.0, "on what each sublayer adds to the residual stream")
+
+
+@dataclass
+class InitConfig:
+    """Distribution of the initial weights; `normfree.model.init.init_weights` has the table."""
+
+    std: float = key(0.02, "standard deviation of every matrix and embedding")
+    depth_scaled: bool = key(True, "divide the std of matrices that write to the residual stream by sqrt(2 n_layer)")
+
+
+@dataclass
+class ModelConfig:
+    """Shape and choices of one `normfree.model.Transformer`. The defaults are GPT-2's at size nano."""
+
+    n_layer: int = key(4, "blocks")
+    n_head: int = key(4, "attention heads a block")
+    n_embd: int = key(96, "width of the residual stream")
+    n_inner: int | None = key(None, "width of the feed-forward layer; null: 4 n_embd")
+    block_size: int = key(256, "positions the model has")
+    vocab_size: int | None = key(None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64")
+    vocab_used: int | None = key(None, "token ids in use, the rest are masked; null: the tokenizer's, else vocab_size")
+    norm: str = key("layernorm", "normalization inside the blocks")
+    placement: str = key("pre", "where the blocks' norms stand: pre (before each sublayer) or none")
+    final_norm: str | None = key(None, "norm before the head; null: like norm, but layernorm where norm is none")
+    norm_eps: float = key(1e-5, "epsilon of every norm, inside the root")
+    act: str = key("gelu_tanh", "activation of the feed-forward layer")
+    act_slope: float = key(0.01, "negative slope of leaky_relu; start value of learnable_leaky_relu")
+    act_scope: str = key("per_layer", "owner of learned slopes: per_layer, or global (one parameter for all blocks)")
+    act_beta: float = key(1.0, "act(b x)/b: the input scale an activation sees")
+    embed_scale: float = key(1.0, "factor on the embedding output (not on a tied head)")
+    positions: str = key("learned", "learned (an embedding) or rotary")
+    rotary_pct: float = key(0.25, "share of each head that rotary positions turn")
+    rotary_base: float = key(10000.0, "base of the rotary wavelengths")
+    parallel_residual: bool = key(False, "attention and feed-forward read the same residual stream (GPT-NeoX)")
+    tie_embeddings: bool = key(True, "the head is the token embedding")
+    loss: str = key("cross_entropy", "training loss")
+    bias: BiasConfig = group(BiasConfig)
+    dropout: DropoutConfig = group(DropoutConfig)
+    init: InitConfig = group(InitConfig)
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_pct)
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = key("python_stdlib", "where text comes from")
+    path: str | None = key(None, "source=files: a file, a folder or a glob; source=codeparrot: a local copy")
+    text_column: str = key("content", "column of the text in .jsonl, .json.gz and .parquet")
+    tokenizer: str = key("code8k", "code8k, gpt2, bytes, trained, or the path of a tokenizer.json")
+    vocab_size: int = key(8192, "vocabulary of tokenizer=trained")
+    seq_len: int | None = key(None, "tokens a training sequence; null: 128, or block_size where that is less")
+    chunks: str = key("packed", "packed (documents joined by end-of-text) or original (exact-length chunks, no joins)")
+    max_documents: int | None = key(None, "take only so many documents of each split; null: all")
+    fingerprint: str | None = key(None, "sha256 of the tokenised corpus; filled in; set it to accept only that corpus")
+    cache_dir: str | None = key(None, "where tokens are kept; null: ~/.cache/normfree", weights=False)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = key(1e-3, "peak learning rate")
+    beta1: float = key(0.9, "decay of the first moment")
+    beta2: float = key(0.95, "decay of the second moment")
+    eps: float = key(1e-8, "AdamW's epsilon")
+    weight_decay: float = key(0.1, "decoupled decay of matrices and embeddings")
+    decay_slopes: bool = key(False, "decay learned slopes too (the original did)")
+    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping")
+    schedule: str = key("cosine", "learning rate after warm-up")
+    warmup_steps: int | None = key(None, "linear warm-up; null: warmup_fraction of the run")
+    warmup_fraction: float = key(0.1, "warm-up as a share of max_steps, where warmup_steps is null")
+    lr_final: float = key(0.0, "learning rate at the end, as a share of the peak")
+    decay_fraction: float = key(0.2, "schedule=wsd: share of max_steps in the final decay")
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, and how the numbers are computed."""
+
+    max_steps: int = key(500, "optimizer steps")
+    batch_size: int = key(32, "sequences an optimizer step")
+    micro_batch_size: int | None = key(None, "sequences a forward pass; null: batch_size (no accumulation)")
+    precision: str = key("auto", "fp32, bf16, fp16 (with loss scaling), or auto: bf16 on CUDA, else fp32")
+    eval_every: int = key(100, "steps between evaluations; 0: only at the end", weights=False)
+    eval_tokens: int = key(65536, "validation tokens of an evaluation, always the same ones", weights=False)
+    checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end", weights=False)
+    keep_checkpoints: int = key(2, "newest checkpoints to keep", weights=False)
+    compile: bool | str = key("auto", "auto: where CUDA, Triton and a C compiler are; true; false", weights=False)
+    deterministic: bool | None = key(None, "bit-exact repetition; null: on the CPU", weights=False)
+    device: str = key("auto", "auto, cpu or cuda", weights=False)
+    gpus: int = key(1, "GPUs of one run (only 1 for now)", weights=False)
+
+
+@dataclass
+class DiagnosticsConfig:
+    """What is measured inside the model. Nothing here changes the weights."""
+
+    every: int = key(20, "steps between records; 0: none", weights=False)
+    statistics: list[str] = key(
+        ["attn_entropy", "nan_count", "inf_count"], "which statistics the hooks record", weights=False
+    )
+    probe_sequences: int = key(16, "validation sequences of the fixed probe, in eval mode; 0: none", weights=False)
+
+
+@dataclass
+class LogConfig:
+    """Views of the record. `metrics.jsonl` and `arrays/` are always written."""
+
+    tensorboard: bool = key(True, "write tensorboard/", weights=False)
+    wandb: str = key("off", "off, offline or online", weights=False)
+    wandb_project: str = key("normfree", "Weights & Biases project", weights=False)
+    figures: bool = key(True, "draw the figures when training ends", weights=False)
+    sample_prompt: str = key("def ", "start of the sample generated when training ends", weights=False)
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str | None = key(None, "what figures and tables call the run; null: <model>-<size>-<norm>-<act>", weights=False)
+    seed: int = key(1, "governs initial weights, data order and dropout", weights=False)
+    run_dir: str | None = key(None, "where to write; null: runs/<name>-<hash of the settings>-s<seed>", weights=False)
+    resume: str | None = key(None, "continue this run directory; train.max_steps may be raised", weights=False)
+    init_from: str | None = key(None, "start from the weights of this run or checkpoint")
+    nan_policy: str = key("raise", "on a loss or gradient that is not finite: raise (stop), skip (the step) or log")
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    optim: OptimConfig = group(OptimConfig)
+    train: TrainConfig = group(TrainConfig)
+    diagnostics: DiagnosticsConfig = group(DiagnosticsConfig)
+    log: LogConfig = group(LogConfig)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
+    """The dataclass of a saved configuration. Unknown keys are an error: the file is another version's."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(unknown("key", name, known))
+    built = {}
+    for name, value in values.items():
+        kind = known[name].type
+        built[name] = from_dict(value, kind) if dataclasses.is_dataclass(kind) else value  # type: ignore[arg-type]
+    return cls(**built)
+
+
+def flat_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Every (dotted key, value, whether it can change the weights)."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from flat_keys(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value, f.metadata["weights"]
+
+
+def weights_hash(config: Config) -> str:
+    """First 8 hex digits of the sha256 of every resolved setting that can change the weights, the seed aside."""
+    settings = {name: value for name, value, weights in flat_keys(config) if weights}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def weights_differences(ours: Config, theirs: Config) -> list[str]:
+    """The keys, seed included, in which two configurations would train different weights: `key: ours, not theirs`."""
+    other = {name: value for name, value, _ in flat_keys(theirs)}
+    return [
+        f"{name}: {value!r}, not {other[name]!r}"
+        for name, value, weights in flat_keys(ours)
+        if (weights or name == "seed") and value != other[name]
+    ]
+
+
+def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
+    return -(-n // multiple) * multiple
+
+
+def resolve(config: Config) -> Config:
+    """A copy in which every null that follows from other settings is filled in (not: device, precision, vocabulary)."""
+    config = from_dict(to_dict(config))
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    if model.n_inner is None:
+        model.n_inner = 4 * model.n_embd
+    if model.final_norm is None:
+        model.final_norm = "layernorm" if model.norm == "none" else model.norm
+    if data.seq_len is None:
+        data.seq_len = min(model.block_size, DEFAULT_SEQ_LEN)
+    if optim.warmup_steps is None:
+        optim.warmup_steps = round(optim.warmup_fraction * train.max_steps)
+    if train.micro_batch_size is None:
+        train.micro_batch_size = train.batch_size
+    return config
+
+
+def resolve_vocabulary(config: Config, n_vocab: int) -> None:
+    """Fill in `model.vocab_size` and `model.vocab_used` from the tokenizer's `n_vocab`, in place."""
+    model = config.model
+    if model.vocab_size is None:
+        model.vocab_size = round_up(n_vocab)
+    if model.vocab_used is None:
+        model.vocab_used = n_vocab
+    if not n_vocab <= model.vocab_used <= model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} (of which model.vocab_used={model.vocab_used}) cannot hold the "
+            f"{n_vocab} ids of data.tokenizer={config.data.tokenizer}. Leave both null, or raise them to {n_vocab}."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHOICES = {
+    "model.norm": NORMS,
+    "model.final_norm": NORMS,
+    "model.act": ACTIVATIONS,
+    "model.loss": LOSSES,
+    "model.placement": ("pre", "none"),
+    "model.positions": ("learned", "rotary"),
+    "model.act_scope": ("per_layer", "global"),
+    "data.source": SOURCES,
+    "data.chunks": ("packed", "original"),
+    "optim.schedule": SCHEDULES,
+    "train.precision": ("auto", "fp32", "bf16", "fp16"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "train.compile": ("auto", "true", "false"),
+    "log.wandb": ("off", "offline", "online"),
+    "nan_policy": ("raise", "skip", "log"),
+}
+
+# key: (lowest, highest, is the lowest itself allowed, is the highest)
+RANGES = {
+    "model.n_layer": (1, 10_000, True, True),
+    "model.n_head": (1, 10_000, True, True),
+    "model.n_embd": (1, 10**6, True, True),
+    "model.n_inner": (1, 10**7, True, True),
+    "model.block_size": (1, 10**7, True, True),
+    "model.vocab_size": (2, 10**7, True, True),
+    "model.vocab_used": (2, 10**7, True, True),
+    "model.norm_eps": (0, 1, False, True),
+    "model.act_slope": (-10, 10, True, True),
+    "model.act_beta": (0, math.inf, False, False),
+    "model.embed_scale": (0, math.inf, False, False),
+    "model.rotary_pct": (0, 1, False, True),
+    "model.rotary_base": (1, math.inf, False, False),
+    "model.dropout.embed": (0, 1, True, False),
+    "model.dropout.attn": (0, 1, True, False),
+    "model.dropout.resid": (0, 1, True, False),
+    "model.init.std": (0, 100, True, True),
+    "data.vocab_size": (257, 10**6, True, True),
+    "data.seq_len": (1, 10**7, True, True),
+    "data.max_documents": (1, math.inf, True, False),
+    "optim.lr": (0, 1e3, False, True),
+    "optim.beta1": (0, 1, True, False),
+    "optim.beta2": (0, 1, True, False),
+    "optim.eps": (0, 1, False, True),
+    "optim.weight_decay": (0, 1e3, True, True),
+    "optim.grad_clip": (0, math.inf, True, False),
+    "optim.warmup_steps": (0, math.inf, True, False),
+    "optim.warmup_fraction": (0, 1, True, True),
+    "optim.lr_final": (0, 1, True, True),
+    "optim.decay_fraction": (0, 1, True, True),
+    "train.max_steps": (1, 10**12, True, True),
+    "train.batch_size": (1, 10**9, True, True),
+    "train.micro_batch_size": (1, 10**9, True, True),
+    "train.eval_every": (0, math.inf, True, False),
+    "train.eval_tokens": (1, math.inf, True, False),
+    "train.checkpoint_every": (0, math.inf, True, False),
+    "train.keep_checkpoints": (1, math.inf, True, False),
+    "train.gpus": (1, 1, True, True),
+    "diagnostics.every": (0, math.inf, True, False),
+    "diagnostics.probe_sequences": (0, 10**6, True, True),
+    "seed": (0, 2**63 - 1, True, True),
+}
+
+
+def _value_problems(config: Config) -> Iterator[str]:
+    values = {name: value for name, value, _ in flat_keys(config)}
+    for name, choices in CHOICES.items():
+        value = values[name]
+        if value is not None and str(value).lower() not in choices:
+            yield f"{name}: " + unknown("choice", value, choices)
+    for name, (low, high, low_ok, high_ok) in RANGES.items():
+        value = values[name]
+        if value is None:
+            continue
+        inside = (low <= value if low_ok else low < value) and (value <= high if high_ok else value < high)
+        if not inside or math.isnan(value):
+            bounds = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
+            yield f"{name}={value} is outside {bounds}."
+
+
+def _cross_problems(config: Config) -> Iterator[str]:
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    if model.n_embd % model.n_head:
+        yield f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}."
+    elif model.positions == "rotary" and (model.rotary_dim < 2 or model.rotary_dim % 2):
+        yield (
+            f"model.rotary_pct={model.rotary_pct} turns {model.rotary_dim} of the {model.head_dim} dimensions of a "
+            "head; rotary positions need an even number, at least 2."
+        )
+    if data.seq_len is not None and data.seq_len > model.block_size:
+        yield f"data.seq_len={data.seq_len} is longer than model.block_size={model.block_size}."
+    if optim.warmup_steps is not None and optim.warmup_steps > train.max_steps:
+        yield f"optim.warmup_steps={optim.warmup_steps} is longer than the run (train.max_steps={train.max_steps})."
+    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
+        yield (
+            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size}."
+        )
+    if model.vocab_size is not None and model.vocab_used is not None and model.vocab_used > model.vocab_size:
+        yield f"model.vocab_used={model.vocab_used} is more than model.vocab_size={model.vocab_size}."
+    if data.source == "files" and data.path is None:
+        yield "data.path is null, but data.source=files needs a file, a folder or a glob."
+
+
+def validate(config: Config) -> None:
+    """Raise one `UserError` that names every fault of the configuration. Touches no file and no device."""
+    problems = list(_value_problems(config))
+    if not problems:  # rules between keys make sense only between legal values
+        problems = list(_cross_problems(config))
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,27 @@
+"""Errors a user can mend, and the exit codes they end the process with."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+EXIT_OK = 0
+EXIT_CONFIG = 64  # a setting is wrong
+EXIT_DATA = 65  # the text or the tokenizer is wrong
+EXIT_CHECKPOINT = 66  # a checkpoint is missing or damaged
+EXIT_DIRECTORY = 73  # the run directory cannot be used
+EXIT_DIVERGED = 75  # training met a loss or gradient that is not finite
+
+
+class UserError(Exception):
+    """A mistake with a remedy: printed as it stands, without a traceback."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_CONFIG) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
+    """Say that `value` is no `kind`, what there is, and which of it was probably meant."""
+    names = sorted(choices)
+    close = get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {value!r}.{hint} Choose from: {', '.join(names)}."

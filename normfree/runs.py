@@ -1,0 +1,318 @@
+"""The run directory: written by the trainer, read by everything else. Imports no torch.
+
+    config.yaml            every setting, resolved
+    run.json               status, last step, reason, versions, device
+    metrics.jsonl          scalars: one strict JSON object a record, key `step`
+    arrays/<name>.bin      fixed-size records: int64 step, then the values
+    arrays/<name>.json     their shape, dtype, axes and unit
+    tensorboard/           a view
+    checkpoints/step-00000100/
+    figures/
+
+Both kinds of record are appended and survive a kill: a torn last record is left out by the reader and cut off by the
+next writer.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from normfree.config import Config, flat_keys, from_dict, to_dict
+from normfree.errors import EXIT_DIRECTORY, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT_VERSION = 1
+SITES = ("block", "attn", "mlp", "attn_probs")  # where NaN and Inf are counted, in execution order from the output back
+TIMES = ("seconds", "tokens_per_second")  # the only scalars that two runs of the same bits may differ in
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: non-finite numbers are written as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _number(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def norm_label(config: Config) -> str:
+    """What summaries and figures say about the norms, so that nobody has to guess what norm-free means."""
+    model = config.model
+    blocks = "no block norms" if "none" in (model.norm, model.placement) else f"{model.norm} in the blocks"
+    return f"{blocks}, " + ("no final norm" if model.final_norm == "none" else "final norm kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayInfo:
+    """What a file of `arrays/` holds: one record has `shape`, its axes are named, its values have a unit."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+    unit: str
+    version: int = FORMAT_VERSION
+
+    @property
+    def record(self) -> np.dtype:
+        return np.dtype([("step", "<i8"), ("value", np.dtype(self.dtype).newbyteorder("<"), self.shape)])
+
+
+class RunWriter:
+    """Appends to a run directory. Every write is flushed to the operating system before it returns."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "arrays").mkdir(parents=True, exist_ok=True)
+        self._metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._arrays: dict[str, Any] = {}
+        self._infos: dict[str, ArrayInfo] = {}
+
+    def config(self, config: Config) -> None:
+        write_atomically(self.directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def status(self, **fields: Any) -> None:
+        """Merge `fields` into run.json."""
+        path = self.directory / "run.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        merged = {name: _strict(value) for name, value in (old | fields).items()}
+        write_atomically(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        row = {"step": step} | {name: _strict(value) for name, value in values.items()}
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        self._metrics.flush()
+
+    def array(self, name: str, step: int, value: np.ndarray, axes: Sequence[str], unit: str) -> None:
+        """Append one record. The first one of a name fixes its shape and dtype."""
+        info = ArrayInfo(tuple(value.shape), value.dtype.str.lstrip("<>=|"), tuple(axes), unit)
+        if name not in self._arrays:
+            path = self.directory / "arrays" / f"{name}.json"
+            if not path.exists():
+                write_atomically(path, json.dumps(dataclasses.asdict(info)) + "\n")
+            self._arrays[name] = open(path.with_suffix(".bin"), "ab")  # noqa: SIM115
+            self._infos[name] = info
+        assert info == self._infos[name], f"array {name} changed: {self._infos[name]} then {info}"
+        record = np.zeros((), info.record)
+        record["step"], record["value"] = step, value
+        self._arrays[name].write(record.tobytes())
+        self._arrays[name].flush()
+
+    def close(self) -> None:
+        for file in (self._metrics, *self._arrays.values()):
+            file.close()
+
+
+def truncate(directory: Path, step: int) -> None:
+    """Drop every record after `step`, and torn ones, so that a resumed run goes on where its checkpoint stands."""
+    metrics = directory / "metrics.jsonl"
+    if metrics.exists():
+        kept = [row for row in _read_lines(metrics) if row["step"] <= step]
+        write_atomically(metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    for path in sorted((directory / "arrays").glob("*.bin")):
+        records = _read_records(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        records[records["step"] <= step].tofile(temporary)
+        temporary.replace(path)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows as written; a line that is not whole (a kill in mid-write) ends the record."""
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
+    return rows
+
+
+def _read_info(path: Path) -> ArrayInfo:
+    values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return ArrayInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _read_records(path: Path) -> np.ndarray:
+    dtype = _read_info(path).record
+    return np.fromfile(path, dtype, count=path.stat().st_size // dtype.itemsize)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run directory, read lazily.
+
+    `entropy` and `nan_counts` are of the training batches; `probe_entropy` is of the fixed validation probe in eval
+    mode, comparable over steps and runs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, {self.status.get('status', 'unknown')})"
+
+    @cached_property
+    def config(self) -> Config:
+        return from_dict(yaml.safe_load((self.directory / "config.yaml").read_text(encoding="utf-8")))
+
+    @property
+    def name(self) -> str:
+        return self.config.name or self.directory.name
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        path = self.directory / "run.json"
+        if not path.exists():
+            return {}
+        return {k: _number(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    @cached_property
+    def metrics(self) -> "pd.DataFrame":
+        """Scalars, one row a step (values recorded at the same step are merged), ordered by step."""
+        import pandas as pd
+
+        path = self.directory / "metrics.jsonl"
+        merged: dict[int, dict[str, Any]] = {}
+        for row in _read_lines(path) if path.exists() else []:
+            merged.setdefault(row["step"], {}).update({k: _number(v) for k, v in row.items()})
+        return pd.DataFrame([merged[step] for step in sorted(merged)], columns=None if merged else ["step"])
+
+    @cached_property
+    def array_names(self) -> list[str]:
+        return sorted(path.stem for path in (self.directory / "arrays").glob("*.bin"))
+
+    def info(self, name: str) -> ArrayInfo:
+        return _read_info(self.directory / "arrays" / f"{name}.bin")
+
+    def array(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a recorded array: int64 (records,), and (records, *shape)."""
+        if name not in self.array_names:
+            raise UserError(f"{self.directory} has no array {name!r}; it has: {', '.join(self.array_names) or 'none'}.")
+        records = _read_records(self.directory / "arrays" / f"{name}.bin")
+        return records["step"].astype(np.int64), np.ascontiguousarray(records["value"])
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """Attention entropy of the training batch: float32 (records, n_layer, n_head), nats, NaN where it was NaN."""
+        return self.array("attn_entropy")[1]
+
+    @property
+    def entropy_steps(self) -> np.ndarray:
+        return self.array("attn_entropy")[0]
+
+    @property
+    def probe_entropy(self) -> np.ndarray:
+        return self.array("probe_attn_entropy")[1]
+
+    @property
+    def probe_entropy_steps(self) -> np.ndarray:
+        return self.array("probe_attn_entropy")[0]
+
+    @property
+    def nan_counts(self) -> np.ndarray:
+        """NaN elements in each block's output over a whole optimizer step: int64 (records, n_layer)."""
+        return self.counts["block"]
+
+    @cached_property
+    def counts(self) -> dict[str, np.ndarray]:
+        """NaN elements by site: int64 (records, n_layer). `attn_probs`: over all heads (the original's unit: / n_head)."""
+        values = self.array("nan_count")[1]
+        return {site: values[:, i] for i, site in enumerate(SITES)}
+
+    @cached_property
+    def inf_counts(self) -> dict[str, np.ndarray]:
+        """Infinite elements by site; attention probabilities are never infinite."""
+        values = self.array("inf_count")[1]
+        return {site: values[:, i] for i, site in enumerate(SITES)}
+
+    @cached_property
+    def elements(self) -> dict[str, np.ndarray]:
+        """How many elements were looked at, by site: int64 (records,), the denominators of `counts`."""
+        values = self.array("elements")[1]
+        return {site: values[:, i] for i, site in enumerate(SITES)}
+
+    @property
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, directory), oldest first."""
+        found = (self.directory / "checkpoints").glob("step-*")
+        return sorted((int(path.name.removeprefix("step-")), path) for path in found if path.is_dir())
+
+    def to_npz(self, path: str | Path) -> None:
+        """All arrays in one .npz: `<name>` and `<name>_steps`."""
+        arrays: dict[str, np.ndarray] = {}
+        for name in self.array_names:
+            arrays[f"{name}_steps"], arrays[name] = self.array(name)
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+    def to_csv(self, path: str | Path) -> None:
+        """The scalars as CSV."""
+        self.metrics.to_csv(path, index=False)
+
+
+def is_run(directory: str | Path) -> bool:
+    return (Path(directory) / "config.yaml").is_file()
+
+
+def load_run(directory: str | Path) -> Run:
+    """Open a run directory (or one of its checkpoints' parents) for reading."""
+    directory = Path(directory)
+    if not is_run(directory):
+        raise UserError(
+            f"{directory} is no run directory: it has no config.yaml. A run is what `python run.py` wrote, "
+            "by default under runs/.",
+            EXIT_DIRECTORY,
+        )
+    return Run(directory)
+
+
+def expand(patterns: Iterable[str | Path]) -> list[Run]:
+    """Runs of directories and globs, in the order given; a folder that holds runs stands for all of them."""
+    runs: list[Run] = []
+    for pattern in patterns:
+        found = sorted(glob(str(pattern))) or [str(pattern)]
+        for name in found:
+            inner = sorted(p.parent for p in Path(name).glob("*/config.yaml")) if not is_run(name) else []
+            runs += [load_run(path) for path in inner or [Path(name)]]
+    return runs
+
+
+def load_runs(pattern: str | Path | Iterable[str | Path]) -> "pd.DataFrame":
+    """One tidy frame of several runs: every metrics row, with `run`, `directory`, `status` and the configuration."""
+    import pandas as pd
+
+    frames = []
+    for run in expand([pattern] if isinstance(pattern, str | Path) else pattern):
+        columns = {"run": run.name, "directory": str(run.directory), "status": run.status.get("status")}
+        columns |= {name: str(v) if isinstance(v, list) else v for name, v, _ in flat_keys(run.config)}
+        frames.append(run.metrics.assign(**columns))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
