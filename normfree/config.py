@@ -167,6 +167,7 @@ class LogConfig:
     """Views of the record. `metrics.jsonl` and `arrays/` are always written."""
 
     tensorboard: bool = key(True, "write tensorboard/", weights=False)
+    every: int = key(10, "steps between lines of train/loss, lr, grad_norm", weights=False)
     wandb: str = key("off", "off, offline or online", weights=False)
     wandb_project: str = key("normfree", "Weights & Biases project", weights=False)
     figures: bool = key(True, "draw the figures when training ends", weights=False)
@@ -177,7 +178,7 @@ class LogConfig:
 class Config:
     """One run."""
 
-    name: str | None = key(None, "what figures and tables call the run; null: <model>-<size>-<norm>-<act>", weights=False)
+    name: str | None = key(None, "what figures call the run; null: <model>-<size>-<norm>-<act>", weights=False)
     seed: int = key(1, "governs initial weights, data order and dropout", weights=False)
     run_dir: str | None = key(None, "where to write; null: runs/<name>-<hash of the settings>-s<seed>", weights=False)
     resume: str | None = key(None, "continue this run directory; train.max_steps may be raised", weights=False)
@@ -241,16 +242,23 @@ def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
     return -(-n // multiple) * multiple
 
 
-def resolve(config: Config) -> Config:
-    """A copy in which every null that follows from other settings is filled in (not: device, precision, vocabulary)."""
-    config = from_dict(to_dict(config))
-    model, data, optim, train = config.model, config.data, config.optim, config.train
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """A copy with the nulls that follow from other keys of the model filled in."""
+    model = from_dict(to_dict(model), ModelConfig)
     if model.n_inner is None:
         model.n_inner = 4 * model.n_embd
     if model.final_norm is None:
         model.final_norm = "layernorm" if model.norm == "none" else model.norm
+    return model
+
+
+def resolve(config: Config) -> Config:
+    """A copy in which every null that follows from other settings is filled in (not: device, precision, vocabulary)."""
+    config = from_dict(to_dict(config))
+    data, optim, train = config.data, config.optim, config.train
+    config.model = resolve_model(config.model)
     if data.seq_len is None:
-        data.seq_len = min(model.block_size, DEFAULT_SEQ_LEN)
+        data.seq_len = min(config.model.block_size, DEFAULT_SEQ_LEN)
     if optim.warmup_steps is None:
         optim.warmup_steps = round(optim.warmup_fraction * train.max_steps)
     if train.micro_batch_size is None:
@@ -332,6 +340,7 @@ RANGES = {
     "train.checkpoint_every": (0, math.inf, True, False),
     "train.keep_checkpoints": (1, math.inf, True, False),
     "train.gpus": (1, 1, True, True),
+    "log.every": (1, math.inf, True, False),
     "diagnostics.every": (0, math.inf, True, False),
     "diagnostics.probe_sequences": (0, 10**6, True, True),
     "seed": (0, 2**63 - 1, True, True),

@@ -129,15 +129,15 @@ class RunWriter:
 
 
 def truncate(directory: Path, step: int) -> None:
-    """Drop every record after `step`, and torn ones, so that a resumed run goes on where its checkpoint stands."""
+    """Drop every record of `step` and after, and torn ones: what a run resumed at that checkpoint writes again."""
     metrics = directory / "metrics.jsonl"
     if metrics.exists():
-        kept = [row for row in _read_lines(metrics) if row["step"] <= step]
+        kept = [row for row in _read_lines(metrics) if row["step"] < step]
         write_atomically(metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
     for path in sorted((directory / "arrays").glob("*.bin")):
         records = _read_records(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        records[records["step"] <= step].tofile(temporary)
+        records[records["step"] < step].tofile(temporary)
         temporary.replace(path)
 
 
@@ -245,7 +245,7 @@ class Run:
 
     @cached_property
     def counts(self) -> dict[str, np.ndarray]:
-        """NaN elements by site: int64 (records, n_layer). `attn_probs`: over all heads (the original's unit: / n_head)."""
+        """NaN elements by site: int64 (records, n_layer). `attn_probs` is over all heads (the original: / n_head)."""
         values = self.array("nan_count")[1]
         return {site: values[:, i] for i, site in enumerate(SITES)}
 

@@ -1,0 +1,125 @@
+"""Causal self-attention, its key-value cache and rotary positions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of the positions already seen, for every layer.
+
+    Each of `keys`, `values` is (n_layer, B, H, block_size, D); the first `length` positions are filled.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) behind what is there; returns all of the layer's keys and values so far."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Rotary(nn.Module):
+    """Rotary positions on the first `rotary_dim` dimensions of each head (Su et al., arXiv:2104.09864; GPT-NeoX)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.rotary_dim
+        frequency = config.rotary_base ** -(torch.arange(0, dim, 2).float() / dim)  # (dim/2,)
+        angle = torch.arange(config.block_size).float()[:, None] * frequency  # (block_size, dim/2)
+        angle = torch.cat((angle, angle), dim=-1)  # GPT-NeoX turns dimension i with i + dim/2
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor, offset: int) -> Tensor:
+        """Turn x (B, H, T, D), whose first position is `offset`."""
+        dim, end = self.cos.size(1), offset + x.size(2)
+        turned, kept = x[..., :dim], x[..., dim:]
+        half_1, half_2 = turned.chunk(2, dim=-1)
+        rotated = torch.cat((-half_2, half_1), dim=-1)
+        turned = turned * self.cos[offset:end] + rotated * self.sin[offset:end]
+        return torch.cat((turned.to(x.dtype), kept), dim=-1)
+
+
+class QKVLinear(nn.Module):
+    """One matrix for queries, keys and values; biases of queries and keys, and of values, can be had apart."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.n_embd
+        self.weight = nn.Parameter(torch.empty(3 * width, width))
+        self.bias_qk = nn.Parameter(torch.empty(2 * width)) if config.bias.qk else None
+        self.bias_v = nn.Parameter(torch.empty(width)) if config.bias.v else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(3C,), or None where there is none."""
+        if self.bias_qk is None and self.bias_v is None:
+            return None
+        width = self.weight.size(1)
+        qk = self.bias_qk if self.bias_qk is not None else self.weight.new_zeros(2 * width)
+        v = self.bias_v if self.bias_v is not None else self.weight.new_zeros(width)
+        return torch.cat((qk, v))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, 3C)"""
+        return F.linear(x, self.weight, self.bias)
+
+
+class InnerAttention(nn.Module):
+    """Causal softmax attention: the seam where diagnostics see q, k and v. It owns the scale, 1/sqrt(D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout.attn
+        self.scale = config.head_dim**-0.5
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Tensor:
+        """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Query row i stands at position q_offset + i."""
+        queries, keys = q.size(2), k.size(2)
+        assert queries + q_offset == keys, f"{queries} queries from position {q_offset}, but {keys} keys"
+        square = q_offset == 0
+        mask = None
+        if not square and queries > 1:  # a lone last query sees every key
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(q_offset)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, dropout_p=dropout, scale=self.scale
+        )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with its projections: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.qkv = QKVLinear(config)
+        self.inner_attention = InnerAttention(config)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias.attn_proj)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).split(C, dim=-1)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        offset = 0 if cache is None else cache.length
+        if rotary is not None:
+            q, k = rotary(q, offset), rotary(k, offset)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, H, offset + T, D)
+        y = self.inner_attention(q, k, v, q_offset=offset)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
