@@ -1,0 +1,215 @@
+"""Attention entropy of every head: layer x head, several runs on one scale from 0 to the ceiling.
+
+Layer 0, which reads the embeddings, is at the top. Runs of different sequence lengths have different ceilings and are
+shown relative to their own. `--difference` subtracts the first run from each of the others.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection, QuadMesh
+from matplotlib.figure import FigureBase
+from matplotlib.patches import Rectangle
+
+from normfree.errors import UserError
+from normfree.heads import entropy_ceiling, relative_entropy
+from normfree.runs import Run
+from plotting import common
+
+MAP, DIFFERENCE_MAP = "cividis", "RdBu_r"  # perceptually uniform; both readable without colour vision
+ANNOTATED = 12  # cells carry their number up to 12 x 12
+COLUMN = 2.0  # inches a panel needs at least
+
+
+@dataclass
+class Panel:
+    """One map: `values` (n_layer, n_head) in the unit of the colour bar, NaN where the head was NaN."""
+
+    run: Run
+    label: str
+    source: str
+    step: int
+    values: np.ndarray
+
+
+@dataclass
+class Scale:
+    """One colour scale for all panels, with ticks at quarters and the words below them."""
+
+    low: float
+    high: float
+    map: str
+    label: str
+    words: Sequence[str]
+
+    @property
+    def ticks(self) -> np.ndarray:
+        return np.linspace(self.low, self.high, 5)
+
+
+def plot(
+    runs: Sequence[Run],
+    fig: FigureBase,
+    *,
+    step: int | None = None,
+    source: str | None = None,
+    difference: bool = False,
+) -> list[common.Row]:
+    """Draw one map a run; return a row (run, step, layer, head, entropy, relative entropy) for every cell."""
+    relative = len({common.seq_len(run) for run in runs}) > 1
+    panels = [_panel(run, label, step, source) for run, label in zip(runs, common.labels(runs), strict=True)]
+    rows = [row for panel in panels for row in _rows(panel)]
+    if relative:
+        for panel in panels:
+            panel.values = relative_entropy(panel.values, common.seq_len(panel.run))
+    if difference:
+        panels = _differences(panels)
+        rows = [row for panel in panels for row in _rows(panel, "difference")]
+    scale = _scale(panels, relative, difference)
+    _draw(panels, fig, scale)
+    return rows
+
+
+def _panel(run: Run, label: str, step: int | None, source: str | None) -> Panel:
+    found, steps, values = common.sourced(run, "attn_entropy", source)
+    i = common.index_of(run, steps, step)
+    return Panel(run, label, found, int(steps[i]), values[i])
+
+
+def _rows(panel: Panel, kind: str = "entropy") -> list[common.Row]:
+    fixed = {"run": panel.label, "directory": panel.run.directory, "source": panel.source, "step": panel.step}
+    return [
+        {**fixed, "layer": layer, "head": head, kind: float(value)}
+        for (layer, head), value in np.ndenumerate(panel.values)
+    ]
+
+
+def _differences(panels: Sequence[Panel]) -> list[Panel]:
+    if len(panels) < 2:
+        raise UserError("--difference subtracts the first run from the others: name at least two runs.")
+    first, *others = panels
+    for panel in others:
+        if panel.values.shape != first.values.shape:
+            shapes = [f"{p.label} has {' x '.join(map(str, p.values.shape))}" for p in (first, panel)]
+            raise UserError(f"--difference needs runs with the same layers x heads; {', '.join(shapes)}.")
+        panel.values = panel.values.astype(np.float64) - first.values
+        panel.label = f"{panel.label} minus {first.label}"
+    return others
+
+
+def _scale(panels: Sequence[Panel], relative: bool, difference: bool) -> Scale:
+    """0 to the ceiling, or symmetric about 0 for differences."""
+    unit = "fraction of the run's ceiling ln(T!)/T" if relative else "nats"
+    if difference:
+        largest = max((float(np.nanmax(np.abs(p.values))) for p in panels if not np.isnan(p.values).all()), default=0)
+        top = largest or 1.0
+        return Scale(-top, top, DIFFERENCE_MAP, f"Difference of attention entropy ({unit})", [""] * 5)
+    T = common.seq_len(panels[0].run)
+    top = 1.0 if relative else entropy_ceiling(T) or 1.0  # T = 1: the ceiling is 0, and so is every entropy
+    label = f"Attention entropy ({unit})" + ("" if relative else f"; ceiling ln(T!)/T at T\u00a0=\u00a0{T}")
+    return Scale(0, top, MAP, label, ["", "1/4", "1/2", "3/4", "ceiling"])
+
+
+def _draw(panels: Sequence[Panel], fig: FigureBase, scale: Scale) -> None:
+    width = common.size(fig)[0]
+    columns = min(len(panels), max(1, int(width / COLUMN)))
+    titles = [_title(panel, width / columns - 0.45) for panel in panels]
+    cell_width, cell_height = _fit(fig, panels, titles, columns)
+    axes = common.grid(fig, len(panels), columns)
+    for ax, panel, title in zip(axes, panels, titles, strict=True):
+        mesh = _map(ax, panel.values, scale)
+        ax.set_box_aspect(panel.values.shape[0] * cell_height / (panel.values.shape[1] * cell_width))
+        ax.set_anchor("NW")
+        _annotate(ax, panel.values, scale, cell_width, cell_height)
+        ax.set_title(title)
+    _colour_bar(fig, mesh, axes, scale, width)
+    if any(np.isnan(p.values).any() for p in panels):
+        fig.legend(handles=[common.nan_legend("NaN head")], loc="outside lower right")
+
+
+def _title(panel: Panel, inches: float) -> str:
+    text = f"{panel.label}\n{common.describe(panel.run)}\n{panel.source} batch, step {panel.step}"
+    return common.wrapped(text, inches)
+
+
+def _fit(fig: FigureBase, panels: Sequence[Panel], titles: Sequence[str], columns: int) -> tuple[float, float]:
+    """Inches of a cell (width, height); sets the figure's height so that cells, titles and colour bar have room."""
+    lines = -(-len(panels) // columns)
+    n_layer, n_head = (max(p.values.shape[axis] for p in panels) for axis in (0, 1))
+    narrow = common.size(fig)[0] < 4  # the words of the colour bar take two lines
+    words = 0.14 * max(title.count("\n") + 1 for title in titles) + 0.5  # title, ticks and label of a panel
+    below = (
+        0.75 + 0.15 * narrow + 0.15 * any(np.isnan(p.values).any() for p in panels)
+    )  # the colour bar, and the legend of NaN
+    cell_width = min((common.size(fig)[0] / columns - 0.6) / n_head, 0.8)
+    room = common.MAX_HEIGHT - below - words * lines
+    cell_height = min(0.8 * cell_width, 0.28, room / lines / n_layer, 5.0 / n_layer)
+    common.set_height(fig, lines * (n_layer * cell_height + words) + below)
+    return cell_width, cell_height
+
+
+def _colour_bar(fig: FigureBase, mesh: QuadMesh, axes: Sequence[Axes], scale: Scale, width: float) -> None:
+    """Below all panels, so that its words have room however flat the maps are."""
+    bar = fig.colorbar(mesh, ax=axes, location="bottom", aspect=width / 0.14, pad=0.02, ticks=scale.ticks)
+    numbers = [f"{tick:.2f}" for tick in scale.ticks]
+    bar.ax.set_xticklabels([f"{n}\n{word}".strip() for n, word in zip(numbers, scale.words, strict=True)])
+    bar.set_label(common.wrapped(scale.label, width - 0.4))
+    bar.outline.set_visible(False)
+
+
+def _map(ax: Axes, values: np.ndarray, scale: Scale) -> QuadMesh:
+    n_layer, n_head = values.shape
+    edges = {"edgecolor": "white", "linewidth": 0.4} if n_layer * n_head <= 1024 else {"edgecolor": "face"}
+    mesh = ax.pcolormesh(
+        np.arange(n_head + 1) - 0.5,
+        np.arange(n_layer + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        cmap=scale.map,
+        vmin=scale.low,
+        vmax=scale.high,
+        **edges,
+    )
+    hatched = [Rectangle((head - 0.5, layer - 0.5), 1, 1) for layer, head in np.argwhere(np.isnan(values))]
+    ax.add_collection(PatchCollection(hatched, label="NaN", **common.NAN_LOOK))
+    ax.invert_yaxis()
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=2)
+    common.integer_ticks(ax.xaxis)
+    common.integer_ticks(ax.yaxis)
+    ax.set_xlabel("Head")
+    ax.set_ylabel("Layer (0 = input)")
+    return mesh
+
+
+def _annotate(ax: Axes, values: np.ndarray, scale: Scale, width: float, height: float) -> None:
+    """Numbers in the cells, where there are few enough and they fit in 7 point type (about 0.06 inch a digit)."""
+    digits = 2 if width > 0.32 else 1
+    if max(values.shape) > ANNOTATED or width < 0.2 or height < 0.13:
+        return
+    colours = matplotlib.colormaps[scale.map]
+    for (layer, head), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        red, green, blue, _ = colours((value - scale.low) / (scale.high - scale.low))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        ax.text(head, layer, f"{value:.{digits}f}", ha="center", va="center", size=7, color="w" if dark else "k")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = common.parser(__doc__)
+    common.add_source(p)
+    p.add_argument("--difference", action="store_true", help="each run minus the first one")
+    return common.command(
+        p,
+        "entropy_heatmap",
+        lambda runs, fig, a: plot(runs, fig, step=a.step, source=a.source, difference=a.difference),
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
