@@ -126,6 +126,17 @@ def set_height(fig: FigureBase, inches: float) -> None:
         fig.set_figheight(min(inches, MAX_HEIGHT))
 
 
+def make_room(fig: Figure) -> None:
+    """Raise the figure until its titles are inside: how much room words take is known only once they are laid out."""
+    for _ in range(3):
+        fig.draw_without_rendering()
+        box, height = fig.get_tightbbox(), fig.get_figheight()
+        missing = max(0.0, box.y1 - height) + max(0.0, -box.y0)
+        if missing < 0.01:
+            return
+        fig.set_figheight(height + missing + 0.03)
+
+
 def size(fig: FigureBase) -> tuple[float, float]:
     """Width and height in inches, of a SubFigure too."""
     box = fig.bbox.bounds  # type: ignore[attr-defined]
@@ -146,6 +157,7 @@ def save(fig: Figure, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE):
+            make_room(fig)
             fig.savefig(out, format=kind, metadata=metadata)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}", EXIT_DIRECTORY) from error

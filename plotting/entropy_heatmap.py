@@ -23,6 +23,7 @@ from plotting import common
 MAP, DIFFERENCE_MAP = "cividis", "RdBu_r"  # perceptually uniform; both readable without colour vision
 ANNOTATED = 12  # cells carry their number up to 12 x 12
 COLUMN = 2.0  # inches a panel needs at least
+WIDEST = 0.8  # inches of a cell
 
 
 @dataclass
@@ -122,8 +123,8 @@ def _draw(panels: Sequence[Panel], fig: FigureBase, scale: Scale) -> None:
     axes = common.grid(fig, len(panels), columns)
     for ax, panel, title in zip(axes, panels, titles, strict=True):
         mesh = _map(ax, panel.values, scale)
-        ax.set_box_aspect(panel.values.shape[0] * cell_height / (panel.values.shape[1] * cell_width))
-        ax.set_anchor("NW")
+        if cell_width == WIDEST:  # a handful of heads does not fill the width
+            ax.set_box_aspect(panel.values.shape[0] * cell_height / (panel.values.shape[1] * cell_width))
         _annotate(ax, panel.values, scale, cell_width, cell_height)
         ax.set_title(title)
     _colour_bar(fig, mesh, axes, scale, width)
@@ -145,7 +146,7 @@ def _fit(fig: FigureBase, panels: Sequence[Panel], titles: Sequence[str], column
     below = (
         0.75 + 0.15 * narrow + 0.15 * any(np.isnan(p.values).any() for p in panels)
     )  # the colour bar, and the legend of NaN
-    cell_width = min((common.size(fig)[0] / columns - 0.6) / n_head, 0.8)
+    cell_width = min((common.size(fig)[0] / columns - 0.5) / n_head, WIDEST)
     room = common.MAX_HEIGHT - below - words * lines
     cell_height = min(0.8 * cell_width, 0.28, room / lines / n_layer, 5.0 / n_layer)
     common.set_height(fig, lines * (n_layer * cell_height + words) + below)
@@ -154,7 +155,7 @@ def _fit(fig: FigureBase, panels: Sequence[Panel], titles: Sequence[str], column
 
 def _colour_bar(fig: FigureBase, mesh: QuadMesh, axes: Sequence[Axes], scale: Scale, width: float) -> None:
     """Below all panels, so that its words have room however flat the maps are."""
-    bar = fig.colorbar(mesh, ax=axes, location="bottom", aspect=width / 0.14, pad=0.02, ticks=scale.ticks)
+    bar = fig.colorbar(mesh, ax=axes, location="bottom", aspect=width / 0.14, pad=0.02, ticks=scale.ticks, panchor="NW")
     numbers = [f"{tick:.2f}" for tick in scale.ticks]
     bar.ax.set_xticklabels([f"{n}\n{word}".strip() for n, word in zip(numbers, scale.words, strict=True)])
     bar.set_label(common.wrapped(scale.label, width - 0.4))
