@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +24,14 @@ from filelock import FileLock, Timeout
 from normfree.config import DEFAULT_SEQ_LEN, DataConfig
 from normfree.data.sources import Document, Source
 from normfree.data.split import Split, split_documents
-from normfree.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, save_tokenizer, tokenizer_identity
+from normfree.data.tokenizer import (
+    Tokenizer,
+    build_tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_identity,
+)
 from normfree.errors import EXIT_DATA, UserError
 from normfree.tables import SOURCES
 
@@ -90,6 +97,7 @@ def check(data: DataConfig) -> None:
     source = SOURCES[data.source](data)
     if not _folder(data, source).is_dir():
         source.check()
+        check_tokenizer(data)
 
 
 def prepare(data: DataConfig, report: Report = print) -> Corpus:
@@ -98,11 +106,17 @@ def prepare(data: DataConfig, report: Report = print) -> Corpus:
     folder = _folder(data, source)
     if not folder.is_dir():
         source.check()
+        check_tokenizer(data)
         with _alone(folder, report) as temporary:
             if not folder.is_dir():
                 _write(data, source, temporary, report)
                 temporary.rename(folder)
-    return _open(folder, data)
+    corpus = _open(folder, data)
+    if not corpus.tokenizer.lossless:
+        report(f"data.tokenizer={data.tokenizer} is not lossless: some text does not come back as it was.")
+    elif corpus.tokenizer.kind == "json":
+        report(f"data.tokenizer={data.tokenizer} is lossless, as far as a few hard strings show.")
+    return corpus
 
 
 @contextmanager
@@ -139,23 +153,39 @@ def _alone(folder: Path, report: Report) -> Iterator[Path]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _texts(documents: Iterable[Document]) -> Iterator[str]:
-    return (document.text for document in documents)
+@dataclass
+class _Stream:
+    """A split that is read from its source each time it is walked through."""
+
+    source: Source
+    split: str
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.source.documents(self.split))
+
+
+def _divide(data: DataConfig, source: Source) -> Split:
+    if source.own_splits:
+        return Split({name: _Stream(source, name) for name in ("train", "val")}, {})
+    return split_documents(source.documents("train"), data.max_documents)
 
 
 def _write(data: DataConfig, source: Source, folder: Path, report: Report) -> None:
-    """Read, divide, tokenise; the folder is made once nothing can be wrong with the text any more."""
+    """Read, divide and tokenise the text into `folder`, which the caller throws away if this raises."""
     report(f"Reading {source.name} ...")
-    split = split_documents(source.documents("train"), data.max_documents)
+    split = _divide(data, source)
     if not split.documents:
-        raise UserError(f"data.source={data.source} has no text.", EXIT_DATA)
-    tokenizer = build_tokenizer(data, lambda: _texts(split.documents["train"]))
+        raise UserError(f"data.source={data.source}: there is no text, only white space.", EXIT_DATA)
+    tokenizer = build_tokenizer(data, lambda: (document.text for document in split.documents["train"]))
+    if data.tokenizer == "trained" and tokenizer.n_vocab < data.vocab_size:
+        report(f"The text has pairs for only {tokenizer.n_vocab} of data.vocab_size={data.vocab_size} tokens.")
     folder.mkdir()
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
     counts = {}
     for name, documents in split.documents.items():
         counts[name] = _write_split(folder / f"{name}.bin", documents, tokenizer, dtype, _chunk_len(data))
         report(f"Tokenised {name}: {counts[name]['tokens']:,} tokens of {counts[name]['documents']:,} documents.")
+    _usable_splits(data, counts)
     save_tokenizer(tokenizer, folder / "tokenizer")
     manifest = _manifest(data, source, tokenizer, split, counts, dtype)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -179,7 +209,7 @@ def _encode(
 
 
 def _write_split(
-    path: Path, documents: Sequence[Document], tokenizer: Tokenizer, dtype: np.dtype, chunk_len: int | None
+    path: Path, documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, chunk_len: int | None
 ) -> dict[str, Any]:
     counts: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0}
     digest = hashlib.sha256()
@@ -199,8 +229,9 @@ def _manifest(
     data: DataConfig, source: Source, tokenizer: Tokenizer, split: Split, counts: dict[str, Any], dtype: np.dtype
 ) -> dict[str, Any]:
     """What the token files are. The same input gives the same manifest, versions aside."""
-    for name, share in split.overlap.items():
-        counts[name]["window_overlap"] = share
+    for name in counts:
+        if name != "train":
+            counts[name]["window_overlap"] = split.overlap.get(name)  # null: not measured
     whole = json.dumps([tokenizer.fingerprint, dtype.name, {name: counts[name]["sha256"] for name in sorted(counts)}])
     return {
         "format": FORMAT,
@@ -217,14 +248,34 @@ def _manifest(
         },
         "dtype": dtype.name,
         "chunk_len": _chunk_len(data),
+        "split_by": "the source" if source.own_splits else "content hash",
         "splits": counts,
         "held_out_packages": split.packages,
-        "near_duplicates_removed": {"documents": split.near_duplicates, "bytes": split.near_duplicate_bytes},
+        "near_duplicates_removed": (
+            None if source.own_splits else {"documents": split.near_duplicates, "bytes": split.near_duplicate_bytes}
+        ),
+        "left_out": {"blank": split.blank, "held_out_but_in_train": split.dropped},
+        "val_is_the_end_of": split.cut,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("tiktoken", "tokenizers")}},
     }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _usable_splits(data: DataConfig, counts: dict[str, Any]) -> tuple[str, ...]:
+    """The splits that hold a block of `data.seq_len`. Raises UserError unless train and val do."""
+    seq_len = data.seq_len or DEFAULT_SEQ_LEN
+    need = seq_len + (data.chunks == "packed")
+    for name in ("train", "val"):
+        if counts[name]["tokens"] < need:
+            everything = sum(part["tokens"] for part in counts.values())
+            raise UserError(
+                f"data.seq_len={seq_len}: a block needs {need} tokens, and {name} has {counts[name]['tokens']} (the "
+                f"whole corpus {everything}). Give data.source={data.source} more text, or lower data.seq_len.",
+                EXIT_DATA,
+            )
+    return tuple(name for name, part in counts.items() if part["tokens"] >= need)
 
 
 def _open(folder: Path, data: DataConfig) -> Corpus:
@@ -247,4 +298,4 @@ def _open(folder: Path, data: DataConfig) -> Corpus:
             "tokenizer is not the one that was asked for. Set data.fingerprint=null to accept it.",
             EXIT_DATA,
         )
-    return Corpus(folder, manifest, tokenizer, tuple(manifest["splits"]))
+    return Corpus(folder, manifest, tokenizer, _usable_splits(data, manifest["splits"]))

@@ -50,23 +50,19 @@ class _Item:
 class Split:
     """The documents of each split in file order, and what was done to get there."""
 
-    documents: dict[str, list[Document]]
+    documents: dict[str, Iterable[Document]]
     overlap: dict[str, float]  # share of the split's windows that occur in train
     packages: list[str] = field(default_factory=list)  # held out whole, in val_package
+    blank: int = 0  # documents without a visible character, left out
     near_duplicates: int = 0
     near_duplicate_bytes: int = 0
     dropped: int = 0  # documents of held-out packages left out because they repeat train
     cut: str | None = None  # the document whose end is val, where whole ones would have been too much
 
 
-def _sorted_items(documents: Iterable[Document]) -> list[_Item]:
-    items = []
-    for document in documents:
-        encoded = document.text.encode()
-        windows = line_windows(document.text)
-        if len(windows):
-            items.append(_Item(document, hashlib.sha256(encoded).digest(), len(encoded), windows))
-    return sorted(items, key=lambda item: (item.digest, item.document.package or ""))
+def _item(document: Document) -> _Item:
+    encoded = document.text.encode()
+    return _Item(document, hashlib.sha256(encoded).digest(), len(encoded), line_windows(document.text))
 
 
 def _by_window(items: Sequence[_Item], group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,14 +141,16 @@ def _cut_end(items: list[_Item]) -> tuple[list[_Item], list[_Item], str]:
     document = items[longest].document
     at = len(document.text) - max(1, _target(len(document.text)))
     at = document.text.rfind("\n", at // 2, at) + 1 or at
-    head, tail = (_sorted_items([replace(document, text=text)]) for text in (document.text[:at], document.text[at:]))
-    return [*items[:longest], *head, *items[longest + 1 :]], tail, document.label
+    head, tail = (_item(replace(document, text=text)) for text in (document.text[:at], document.text[at:]))
+    return [*items[:longest], head, *items[longest + 1 :]], [tail], document.label
 
 
 def _overlap(train: Sequence[_Item], held_out: Sequence[_Item]) -> float:
     """Share of the windows of `held_out` that occur in `train`, counted anew."""
     known = np.unique(np.concatenate([item.windows for item in train]))
     windows = np.concatenate([item.windows for item in held_out])
+    if not len(known) or not len(windows):
+        return 0.0
     at = np.minimum(np.searchsorted(known, windows), len(known) - 1)
     return float(np.mean(known[at] == windows))
 
@@ -162,12 +160,14 @@ def split_documents(documents: Iterable[Document], max_documents: int | None = N
 
     `max_documents` limits each split. Documents without a visible character are left out. No documents give no splits.
     """
-    every = _sorted_items(documents)
+    read = [_item(document) for document in documents]
+    every = sorted((item for item in read if len(item.windows)), key=lambda i: (i.digest, i.document.package or ""))
+    split = Split({}, {}, blank=len(read) - len(every))
     if not every:
-        return Split({}, {})
+        return split
     duplicate = _near_duplicates(every)
     items = [item for item, drop in zip(every, duplicate, strict=True) if not drop]
-    split = Split({}, {}, near_duplicates=int(duplicate.sum()))
+    split.near_duplicates = int(duplicate.sum())
     split.near_duplicate_bytes = sum(item.size for item, drop in zip(every, duplicate, strict=True) if drop)
     target = _target(sum(item.size for item in items))
 
@@ -189,5 +189,6 @@ def split_documents(documents: Iterable[Document], max_documents: int | None = N
     for name, part in (("train", train[:max_documents]), ("val", val), ("val_package", by_package)):
         if part:
             split.documents[name] = [item.document for item in part]
-            split.overlap[name] = 1.0 if name == "train" else _overlap(train[:max_documents], part)
+            if name != "train":
+                split.overlap[name] = _overlap(train[:max_documents], part)
     return split

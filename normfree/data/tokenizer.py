@@ -7,6 +7,8 @@ encoded as the characters it is made of.
 import hashlib
 import json
 import os
+import re
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,17 +17,41 @@ from typing import Any, Protocol
 import numpy as np
 
 from normfree.config import DataConfig
-from normfree.data import bpe
+from normfree.data import bpe, network
 from normfree.errors import EXIT_DATA, UserError, unknown
 from normfree.tables import TOKENIZERS
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 32 * 2**20  # `trained` reads this much of the training split: more text hardly changes the merges
+LONGEST_SPACE = 400_000  # a longer run of white space overflows the stack of tiktoken's pattern
 META_FILE = "tokenizer_meta.json"
 RANK_FILE = "ranks.tiktoken"
 JSON_FILE = "tokenizer.json"
 
 Texts = Callable[[], Iterable[str]]  # the training split, read when called
+
+# Names that tokenizer files give to end-of-text; the file itself does not say which token it is.
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eot_id|>", "<|im_end|>", "[SEP]")
+# Each of these is lost by some common kind of tokenizer.
+PROBES = (
+    " a  b ",
+    "\tif x:\r\n\n",
+    "MiXeD",
+    "caf\u00e9 cafe\u0301 \ufb01",
+    "\u65e5\u672c \U0001f916\u200d",
+    "\0\a",
+    "don't , ok .",
+    END_OF_TEXT,
+)
+# Where tiktoken gets GPT-2's vocabulary, and the sha256 that it asks of each file.
+GPT2_FILES = {
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json": (
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+}
 
 
 class Tokenizer(Protocol):
@@ -60,6 +86,16 @@ def _require_unicode(texts: Sequence[str]) -> None:
                     "it is not valid Unicode.",
                     EXIT_DATA,
                 ) from None
+
+
+def _cut_long_space(text: str) -> list[str]:
+    """The text in pieces none of which has a run of white space longer than LONGEST_SPACE; nearly always one piece."""
+    if len(text) <= LONGEST_SPACE:
+        return [text]
+    cuts = [0]
+    for run in re.finditer(r"\s++", text):
+        cuts += range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE)
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 class ByteTokenizer:
@@ -105,14 +141,57 @@ class BpeTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         _require_unicode(texts)
-        encoded = self._encoding.encode_ordinary_batch(list(texts), num_threads=self._threads)
-        return [np.array(ids, dtype=np.uint32) for ids in encoded]
+        pieces = [_cut_long_space(text) for text in texts]
+        encoded = self._encoding.encode_ordinary_batch([p for cut in pieces for p in cut], num_threads=self._threads)
+        arrays = iter([np.array(ids, dtype=np.uint32) for ids in encoded])
+        return [np.concatenate([next(arrays) for _ in cut]) if len(cut) > 1 else next(arrays) for cut in pieces]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def files(self) -> dict[str, bytes]:
         return {RANK_FILE: self._rank_file}
+
+
+class JsonTokenizer:
+    """A tokenizer.json, as the `tokenizers` library reads it."""
+
+    kind = "json"
+
+    def __init__(self, name: str, content: bytes) -> None:
+        from tokenizers import Tokenizer as Rust
+
+        try:
+            self._tokenizer = Rust.from_str(content.decode())
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"data.tokenizer: {name} is not a tokenizer.json ({error}).", EXIT_DATA) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # special tokens in a text are plain text
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        ends = [vocabulary[end] for end in END_NAMES if end in vocabulary]
+        if not ends:
+            raise UserError(
+                f"data.tokenizer: {name} has no end-of-text token; one of {', '.join(END_NAMES)} is needed.", EXIT_DATA
+            )
+        self.name = name
+        self.n_vocab = max(vocabulary.values()) + 1
+        self.end_of_text = ends[0]
+        self._content = content
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        encoded = self.encode_batch(PROBES)
+        self.lossless = all(self.decode(ids) == text for ids, text in zip(encoded, PROBES, strict=True))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        _require_unicode(texts)
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def files(self) -> dict[str, bytes]:
+        return {JSON_FILE: self._content}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,6 +209,34 @@ def _code8k_file() -> bytes:
 def load_code8k(data: DataConfig, texts: Texts) -> Tokenizer:
     """8192 tokens for Python source; `experiments/train_code8k.py` made the rank file."""
     return BpeTokenizer("code8k", bpe.parse_ranks(_code8k_file()))
+
+
+def _gpt2_is_here() -> bool:
+    """Whether tiktoken's own cache has both files, undamaged (it would download a damaged one anew)."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    for url, expected in GPT2_FILES.items():
+        path = cache / hashlib.sha1(url.encode()).hexdigest()
+        if folder == "" or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            return False
+    return True
+
+
+def load_gpt2(data: DataConfig, texts: Texts) -> Tokenizer:
+    """GPT-2's 50257 tokens, which tiktoken downloads once (1.5 MB)."""
+    from tiktoken_ext import openai_public
+
+    if _gpt2_is_here() or network.reachable(next(iter(GPT2_FILES))):
+        try:
+            return BpeTokenizer("gpt2", openai_public.gpt2()["mergeable_ranks"])
+        except OSError:  # the answer was not the file
+            pass
+    raise UserError(
+        "data.tokenizer=gpt2: its vocabulary is downloaded once, and the server cannot be reached. Either choose "
+        "data.tokenizer=code8k, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has already stored it, or give "
+        "data.tokenizer the path of a tokenizer.json.",
+        EXIT_DATA,
+    )
 
 
 def train_tokenizer(data: DataConfig, texts: Texts) -> Tokenizer:
@@ -150,7 +257,23 @@ def build_tokenizer(data: DataConfig, texts: Texts) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names. `texts` gives the training split, for the one that is trained."""
     if data.tokenizer in TOKENIZERS:
         return TOKENIZERS[data.tokenizer](data, texts)
-    raise UserError(unknown("data.tokenizer", data.tokenizer, TOKENIZERS), EXIT_DATA)
+    path = _json_file(data)
+    return JsonTokenizer(path.name, path.read_bytes())
+
+
+def _json_file(data: DataConfig) -> Path:
+    path = Path(data.tokenizer).expanduser()
+    path = path / JSON_FILE if path.is_dir() else path
+    if not path.is_file():
+        choices = unknown("data.tokenizer", data.tokenizer, TOKENIZERS)
+        raise UserError(f"{choices} Or give the path of a tokenizer.json: there is no file {path}.", EXIT_DATA)
+    return path
+
+
+def check_tokenizer(data: DataConfig) -> None:
+    """Raise UserError if `data.tokenizer` cannot be loaded here."""
+    if data.tokenizer != "trained":
+        build_tokenizer(data, lambda: ())
 
 
 def tokenizer_identity(data: DataConfig) -> str:
@@ -161,7 +284,7 @@ def tokenizer_identity(data: DataConfig) -> str:
         return f"trained {data.vocab_size} on {TRAINING_BYTES}"
     if data.tokenizer in TOKENIZERS:
         return data.tokenizer
-    raise UserError(unknown("data.tokenizer", data.tokenizer, TOKENIZERS), EXIT_DATA)
+    return "json " + hashlib.sha256(_json_file(data).read_bytes()).hexdigest()
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -179,6 +302,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         meta: dict[str, Any] = json.loads((directory / META_FILE).read_text())
         if meta["kind"] == "bytes":
             tokenizer: Tokenizer = ByteTokenizer()
+        elif meta["kind"] == "json":
+            tokenizer = JsonTokenizer(meta["name"], (directory / JSON_FILE).read_bytes())
         else:
             tokenizer = BpeTokenizer(meta["name"], bpe.parse_ranks((directory / RANK_FILE).read_bytes()))
         if tokenizer.fingerprint != meta["fingerprint"]:
