@@ -222,6 +222,18 @@ def flat_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
             yield prefix + f.name, value, f.metadata["weights"]
 
 
+def help_lines(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """One line a key: its name, a star where it changes the weights, its default and meaning."""
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            yield from help_lines(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            value = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            default = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            star = "*" if f.metadata["weights"] else " "
+            yield f"{star} {prefix + f.name + '=' + default:36} {f.metadata['help']}"
+
+
 def weights_hash(config: Config) -> str:
     """First 8 hex digits of the sha256 of every resolved setting that can change the weights, the seed aside."""
     settings = {name: value for name, value, weights in flat_keys(config) if weights}

@@ -211,6 +211,9 @@ class Run:
     def array_names(self) -> list[str]:
         return sorted(path.stem for path in (self.directory / "arrays").glob("*.bin"))
 
+    def has(self, name: str) -> bool:
+        return name in self.array_names
+
     def info(self, name: str) -> ArrayInfo:
         return _read_info(self.directory / "arrays" / f"{name}.bin")
 

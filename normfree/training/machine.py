@@ -1,0 +1,71 @@
+"""The machine a run gets: device, precision, compilation and determinism."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.config import Config
+from normfree.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(config: Config) -> torch.device:
+    wanted = config.train.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but PyTorch sees no CUDA device here. Use train.device=auto or cpu.")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def choose_precision(config: Config, device: torch.device) -> str:
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def choose_deterministic(config: Config, device: torch.device) -> bool:
+    return device.type == "cpu" if config.train.deterministic is None else config.train.deterministic
+
+
+def choose_compile(config: Config, device: torch.device) -> bool:
+    """auto: where it pays and can work, which is CUDA with Triton and a C compiler."""
+    wanted = str(config.train.compile).lower()
+    if wanted != "auto":
+        return wanted == "true"
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return device.type == "cuda" and torch.utils._triton.has_triton() and compiler is not None
+
+
+def compiled(model: nn.Module, enabled: bool) -> Callable[..., Any]:
+    """The model as one graph; a graph break is an error. The raw module stays beside it and shares its weights."""
+    return torch.compile(model, fullgraph=True, dynamic=False) if enabled else model
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+@contextmanager
+def process_flags(deterministic: bool) -> Iterator[None]:
+    """Process-wide switches of one run, put back afterwards: several runs of a sweep share a process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.compiler.reset()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, read at its first call
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

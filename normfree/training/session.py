@@ -1,0 +1,262 @@
+"""A run around the training loop: which directory, where to start, what it says at the end."""
+
+import contextlib
+import math
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table as RichTable
+from tqdm import tqdm
+
+import normfree
+from normfree import heads
+from normfree.config import Config, weights_differences, weights_hash
+from normfree.data.packing import Corpus
+from normfree.data.tokenizer import save_tokenizer
+from normfree.errors import EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_OK, UserError
+from normfree.generate import complete
+from normfree.runs import Run, RunWriter, is_run, load_run, norm_label, truncate
+from normfree.training import checkpoint as ckpt
+from normfree.training import machine
+from normfree.training.faults import Diverged
+from normfree.training.loop import Trainer
+from normfree.training.record import Record
+from normfree.training.views import Views
+
+SAMPLE_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: status finished or diverged, the exit code, the last validation loss, where it was written."""
+
+    status: str
+    exit_code: int
+    metric: float
+    run_dir: Path
+
+
+def default_run_dir(config: Config) -> Path:
+    return Path("runs") / f"{config.name}-{weights_hash(config)}-s{config.seed}"
+
+
+def starting_point(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start. Refuses a directory that is another run's."""
+    if not run_dir.exists() or not any(p for p in run_dir.iterdir() if p.name != "run.lock"):
+        return None
+    if not is_run(run_dir):
+        raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
+    differences = weights_differences(config, load_run(run_dir).config)
+    if differences:
+        raise UserError(
+            f"run_dir={run_dir} is a run of another configuration; two runs are never mixed. Choose another run_dir "
+            "(null names one by itself). Here, not there:\n  " + "\n  ".join(differences),
+            EXIT_DIRECTORY,
+        )
+    good = ckpt.good_checkpoints(run_dir)
+    return good[0][1] if good else None
+
+
+def ended(config: Config, run_dir: Path) -> RunResult | None:
+    """What an earlier, ended run of this configuration came to; None where there is something left to train."""
+    status = load_run(run_dir).status if is_run(run_dir) else {}
+    if status.get("status") == "finished" and status.get("last_step", 0) >= config.train.max_steps:
+        return RunResult("finished", EXIT_OK, status.get("val/loss", math.nan), run_dir)
+    if status.get("status") == "diverged":
+        return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
+    return None
+
+
+@contextlib.contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory; the lock is freed when the process ends, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(run_dir / "run.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"run_dir={run_dir} is in use by another process.", EXIT_DIRECTORY) from error
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}.", EXIT_DIRECTORY) from error
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "normfree": normfree.__version__,
+    }
+
+
+def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None = None) -> RunResult:
+    """Train one run to its end; `config` is validated and resolved, vocabulary included.
+
+    Returns a `RunResult`, also when training diverged; raises `UserError` for what a user can mend. Never exits the
+    process, and leaves no process-wide switch behind.
+    """
+    device = machine.choose_device(config)
+    config.train.precision = machine.choose_precision(config, device)
+    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
+    console = Console(stderr=True)
+    checkpoint = starting_point(config, run_dir)
+    before = ended(config, run_dir)
+    if before is not None:
+        console.print(
+            f"{run_dir} is {before.status} already: {load_run(run_dir).status.get('reason') or 'nothing to do'}\n"
+            f"(train longer: python run.py resume={run_dir} train.max_steps=N)"
+        )
+        return before
+    with alone(run_dir), machine.process_flags(machine.choose_deterministic(config, device)):
+        return _train(config, corpus, run_dir, device, checkpoint, console, plugins or [])
+
+
+def _train(
+    config: Config,
+    corpus: Corpus,
+    run_dir: Path,
+    device: torch.device,
+    checkpoint: Path | None,
+    console: Console,
+    plugins: list[dict[str, str]],
+) -> RunResult:
+    trainer = Trainer(config, corpus, run_dir, device)
+    start = 0
+    if checkpoint is not None:
+        start = ckpt.load_training_state(trainer.model, trainer.optimizer, trainer.extra_state(), checkpoint)
+    truncate(run_dir, start)
+    writer = RunWriter(run_dir)
+    writer.config(config)
+    save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
+    counts = trainer.model.parameter_counts()
+    writer.status(
+        status="running",
+        reason=None,
+        started_from_step=start,
+        parameters=counts,
+        norms=norm_label(config),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        threads=torch.get_num_threads(),
+        compiled=machine.choose_compile(config, device),
+        corpus={"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.name},
+        versions=versions(),
+        plugins=plugins,
+    )
+    console.print(
+        f"[bold]{config.name}[/] ({norm_label(config)}): {counts['total']:,} parameters, {counts['non_embedding']:,} "
+        f"without embeddings, {counts['trainable']:,} trainable; {device.type}, {config.train.precision}; {run_dir}"
+        + (f"; going on from step {start}" if start else "")
+    )
+    ceiling = heads.entropy_ceiling(config.data.seq_len or 1)
+    views = Views(run_dir, config, ceiling, start)
+    slopes = trainer.model.slopes()
+    record = Record(config, trainer.recorder, writer, views, 0 if slopes is None else slopes.numel())
+    try:
+        with tqdm(
+            total=config.train.max_steps, initial=start, unit="step", disable=None, file=sys.stderr, dynamic_ncols=True
+        ) as bar:
+            trainer.fit(start, record, bar)
+        return _finish(trainer, record, console)
+    except Diverged as error:
+        trainer.save(error.step)  # the state before the bad step, whole and finite
+        _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
+        console.print(f"[bold red]diverged[/] at {error}")
+        return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
+    except BaseException as error:
+        writer.status(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=repr(error))
+        raise
+    finally:
+        writer.close()
+
+
+def _close(trainer: Trainer, record: Record, **status: Any) -> None:
+    """Write how it ended, finish the views, draw the figures; what fails of these is noted, never raised."""
+    record.writer.status(**status)
+    record.views.finish({"val/loss": trainer.last_val})
+    warnings = list(record.views.problems)
+    if trainer.config.log.figures:
+        from plotting import draw_all
+
+        drawn = draw_all(load_run(trainer.run_dir), trainer.run_dir / "figures")
+        warnings += [f"figure {name}: {error}" for name, error in drawn.items() if isinstance(error, Exception)]
+    record.writer.status(warnings=warnings)
+
+
+def _finish(trainer: Trainer, record: Record, console: Console) -> RunResult:
+    config = trainer.config
+    text = _sample(trainer)
+    _close(
+        trainer,
+        record,
+        status="finished",
+        last_step=config.train.max_steps,
+        tokens_per_second=round(record.tokens_per_second, 1),
+        sample=text,
+        **{"val/loss": trainer.last_val},
+    )
+    run = load_run(trainer.run_dir)
+    console.print(closing_table(run))
+    console.print("sample: ", end="", style="bold")
+    console.print(text, markup=False, highlight=False)
+    for warning in run.status["warnings"]:
+        console.print(f"[yellow]warning[/] {warning}")
+    return RunResult("finished", EXIT_OK, trainer.last_val, trainer.run_dir)
+
+
+def _sample(trainer: Trainer) -> str:
+    """One greedy-ish continuation; under nan_policy=log the weights may be past sampling from, and that is said."""
+    config = trainer.config
+    try:
+        return complete(
+            trainer.model, trainer.corpus.tokenizer, config.log.sample_prompt, SAMPLE_TOKENS, seed=config.seed
+        )
+    except UserError as error:
+        return f"(none: {error})"
+
+
+def entropy_summary(run: Run) -> str:
+    """Mean entropy, shares by quarter of the ceiling and overloaded heads of the last probe (else training) record."""
+    names = [name for name in ("probe_attn_entropy", "attn_entropy") if name in run.array_names]
+    if not names:
+        return "not recorded"
+    entropy = run.array(names[0])[1][-1]
+    T = run.config.data.seq_len or 1
+    shares = heads.range_shares(entropy, T)
+    finite = entropy[np.isfinite(entropy)]
+    mean = f"mean {finite.mean():.2f} of {heads.entropy_ceiling(T):.2f} nats" if finite.size else "no finite head"
+    quarters = " ".join(f"{100 * share:.0f}%" for share in shares.shares)
+    overloaded = int(heads.is_overloaded(entropy, T).sum())
+    nan = f", {shares.n_nan} NaN" if shares.n_nan else ""
+    return f"{mean}; heads by quarter {quarters}; {overloaded} of {entropy.size} overloaded{nan}"
+
+
+def closing_table(run: Run) -> RichTable:
+    """What a user wants to know when training ends."""
+    status, metrics = run.status, run.metrics
+    train, val = metrics["train/loss"].dropna(), metrics.dropna(subset=["val/loss"])
+    first, last = val.iloc[0], val.iloc[-1]
+    counts = status["parameters"]
+    rows = {
+        "model": f"{run.name}, {norm_label(run.config)}",
+        "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
+        "training loss": f"{train.iloc[0]:.3f} -> {train.iloc[-1]:.3f} nats a token",
+        "validation loss": f"{first['val/loss']:.3f} -> {last['val/loss']:.3f} nats a token",
+        "perplexity": f"{last['val/perplexity']:.2f}; {last['val/bits_per_byte']:.3f} bits a byte",
+        "speed": f"{status['tokens_per_second']:,.0f} tokens/s",
+        "attention entropy": entropy_summary(run),
+        "NaN in block outputs": f"{int(run.nan_counts.sum()):,} elements" if run.has("nan_count") else "not recorded",
+        "written to": str(run.directory),
+        "figures": ", ".join(sorted(p.name for p in (run.directory / "figures").glob("*"))) or "none",
+    }
+    table = RichTable(show_header=False, title="finished", title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
