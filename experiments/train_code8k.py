@@ -3,7 +3,7 @@
     python experiments/train_code8k.py
 
 writes `normfree/data/assets/code8k.tiktoken` and prints its sha256. A few seconds on two cores. The committed file was
-made by CPython 3.11.7; another interpreter brings another standard library, and so other merges.
+made by CPython 3.11.7 (sha256 22ac9223...); another interpreter brings another standard library, and so other merges.
 """
 
 import argparse
@@ -22,12 +22,16 @@ ASSET = Path(__file__).parents[1] / "normfree" / "data" / "assets" / "code8k.tik
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSET, help="the rank file to write")
-    out = parser.parse_args().out
-    split = split_documents(PythonStdlib(DataConfig()).documents("train"))
+    parser.add_argument("--max-documents", type=int, help="train on fewer documents, to try the command")
+    args = parser.parse_args()
+    split = split_documents(PythonStdlib(DataConfig()).documents("train"), args.max_documents)
     texts = [document.text for document in split.documents["train"]]
-    content = format_ranks(train_bpe(texts, VOCAB_SIZE - 1))
-    out.write_bytes(content)
-    print(f"{out}: {VOCAB_SIZE} tokens from {len(texts)} documents, sha256 {hashlib.sha256(content).hexdigest()}")
+    ranks = train_bpe(texts, VOCAB_SIZE - 1)
+    content = format_ranks(ranks)
+    args.out.write_bytes(content)
+    print(
+        f"{args.out}: {len(ranks) + 1} tokens from {len(texts)} documents, sha256 {hashlib.sha256(content).hexdigest()}"
+    )
 
 
 if __name__ == "__main__":

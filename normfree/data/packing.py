@@ -139,12 +139,14 @@ def _alone(folder: Path, report: Report) -> Iterator[Path]:
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         yield temporary
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+        if isinstance(error, OSError):  # what the text's own files do wrong is a UserError by now
+            raise UserError(f"data.cache_dir: writing to {folder.parent} failed ({error}).", EXIT_DATA) from None
         raise
     finally:
         lock.release()
@@ -238,6 +240,7 @@ def _manifest(
         "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
         "source": source.name,
         "path": data.path,
+        "max_documents": data.max_documents,
         "licence": source.licence,
         "tokenizer": {
             "name": tokenizer.name,

@@ -122,6 +122,13 @@ def read_texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
 
     An empty .py file is a document without text: packages are marked by such files.
     """
+    try:
+        yield from _read(path, column)
+    except OSError as error:
+        raise _error(f"{path} cannot be read ({error}).") from None
+
+
+def _read(path: Path, column: str) -> Iterator[tuple[str, str]]:
     kind = kind_of(path)
     if path.stat().st_size == 0 and kind != ".py":
         raise _error(f"{path} is empty.")

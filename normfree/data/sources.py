@@ -54,7 +54,7 @@ def stat_identity(files: Iterable[tuple[Path, str]]) -> str:
     digest = hashlib.sha256()
     for path, name in files:
         status = path.stat()
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -106,11 +106,11 @@ class _PythonFiles(_Base):
 
     def documents(self, split: str) -> Iterator[Document]:
         for path, name in self._files():
-            content = path.read_bytes()
             try:
+                content = path.read_bytes()
                 text = content.decode()
-            except UnicodeDecodeError:
-                continue  # other people's files, a handful in old encodings
+            except (UnicodeDecodeError, PermissionError):
+                continue  # other people's files: a handful are in old encodings, or not for everyone to read
             if len(content) >= SMALLEST:
                 yield Document(text, name.split("/")[0].removesuffix(".py"), name)
 

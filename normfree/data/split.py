@@ -6,6 +6,7 @@ training split. Every choice follows from content hashes: not from paths, and no
 """
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -113,7 +114,7 @@ def _choose_packages(items: Sequence[_Item]) -> set[str]:
     total = sum(item.size for item in items)
     target, taken = _target(total), 0
     chosen: set[str] = set()
-    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
         if taken < target and taken + sizes[name] <= 2 * target:
             chosen.add(name)
             taken += sizes[name]
