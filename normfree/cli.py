@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ def _values(override: Override) -> Iterator[Any]:
         yield override.value()
 
 
+def unknown_key(name: str, known: list[str]) -> str:
+    """The key that was probably meant, and the keys of its section; all of them would fill a page."""
+    section = name.rpartition(".")[0]
+    siblings = [key for key in known if key.rpartition(".")[0] == section] or sorted(SECTIONS)
+    close = get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown key {name!r}.{hint} There are: {', '.join(siblings)} (all keys: python run.py --help)."
+
+
 def _override_problems(override: Override) -> Iterator[str]:
     name = override.key_or_group
     if name.split(".")[0].split("/")[0] == "hydra" or override.is_delete():
@@ -69,7 +79,7 @@ def _override_problems(override: Override) -> Iterator[str]:
             if value is not None and str(value) not in choices[name]:
                 yield f"{name}={value}: " + unknown(name, value, choices[name])
     elif name not in KEYS and name not in SECTIONS:
-        yield f"{name}: " + unknown("key", name, [*KEYS, *choices])
+        yield unknown_key(name, [*KEYS, *choices])
     else:
         for value in _values(override):
             try:
@@ -134,7 +144,7 @@ def resumed_config(config: Config, typed: list[str]) -> Config:
     done = theirs["train.max_steps"]
     if saved.train.max_steps < done:
         raise UserError(f"resume={config.resume}: train.max_steps={saved.train.max_steps} is less than its {done}.")
-    saved.run_dir, saved.resume = config.resume, None
+    saved.run_dir = saved.resume = config.resume
     return saved
 
 
@@ -231,15 +241,14 @@ def _sweep_summary(folder: Path) -> int:
     from rich.table import Table
 
     table = Table("job", "status", "val/loss", "overrides", "run", title="sweep", title_justify="left")
-    codes = []
-    for path in sorted(folder.glob("job-*.json"), key=lambda p: int(p.stem.removeprefix("job-"))):
-        job = json.loads(path.read_text())
-        codes.append(job["exit_code"])
+    jobs = {int(path.stem.removeprefix("job-")): json.loads(path.read_text()) for path in folder.glob("job-*.json")}
+    common = set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
+    for number, job in sorted(jobs.items()):
         loss = "-" if job["metric"] is None or job["metric"] != job["metric"] else f"{job['metric']:.4f}"
-        number = path.stem.removeprefix("job-")
-        table.add_row(number, job["status"], loss, " ".join(job["overrides"]), job["run_dir"] or job.get("reason", "-"))
+        swept = " ".join(word for word in job["overrides"] if word not in common)
+        table.add_row(str(number), job["status"], loss, swept, job["run_dir"] or job.get("reason", "-"))
     Console(stderr=True).print(table)
-    return next((code for code in codes if code), EXIT_OK)
+    return next((job["exit_code"] for _, job in sorted(jobs.items()) if job["exit_code"]), EXIT_OK)
 
 
 def print_help() -> None:

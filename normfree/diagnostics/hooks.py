@@ -36,7 +36,7 @@ class Recorder:
         self.statistics: dict[str, Statistic] = {name: STATISTICS[name](model.config) for name in names}
         self.buffers = {name: self._allocate(s, device) for name, s in self.statistics.items()}
         self.writes = torch.zeros(len(SITES), self.n_layer, dtype=torch.int64, device=device)
-        self.micro_batches = 1
+        self.expected = torch.ones(1, dtype=torch.int64, device=device)  # micro-batches of this record
         self._handles = [handle for i, block in enumerate(model.blocks) for handle in self._attach(block, i)]
 
     def _allocate(self, statistic: Statistic, device: torch.device) -> Tensor:
@@ -88,35 +88,36 @@ class Recorder:
         for name, statistic in self.statistics.items():
             self.buffers[name].fill_(float("-inf") if statistic.over_micro_batches == "max" else 0)
         self.writes.zero_()
-        self.micro_batches = micro_batches
+        self.expected.fill_(micro_batches)
         self.enabled = True
 
     def stop(self) -> Tensor:
         """Switch the hooks off; everything recorded as one flat float64 tensor, still on the device."""
         self.enabled = False
-        return torch.cat([t.flatten().double() for t in (self.writes, *self.buffers.values())])
+        return torch.cat([t.flatten().double() for t in (self.expected, self.writes, *self.buffers.values())])
 
     def unpack(self, flat: Tensor) -> dict[str, np.ndarray]:
         """The arrays of a flat tensor on the host. Raises when a hook did not fire as often as it must."""
         values = flat.numpy()
+        expected, values = int(values[0]), values[1:]
         writes, values = values[: self.writes.numel()], values[self.writes.numel() :]
-        if not (writes == self.micro_batches).all():
+        if not (writes == expected).all():
             raise RuntimeError(
                 f"diagnostics hooks fired {writes.reshape(self.writes.shape).astype(int).tolist()} times "
-                f"by site and layer, not {self.micro_batches} each: the record of this step would be wrong"
+                f"by site and layer, not {expected} each: the record of this step would be wrong"
             )
         arrays = {}
         for name, buffer in self.buffers.items():
             part, values = values[: buffer.numel()], values[buffer.numel() :]
             if self.statistics[name].over_micro_batches == "mean":
-                part = part / self.micro_batches
+                part = part / expected
             dtype = np.int64 if buffer.dtype == torch.int64 else np.float32
             arrays[name] = part.reshape(buffer.shape).astype(dtype)
         return arrays
 
     def size(self) -> int:
         """Length of the flat tensor."""
-        return self.writes.numel() + sum(buffer.numel() for buffer in self.buffers.values())
+        return 1 + self.writes.numel() + sum(buffer.numel() for buffer in self.buffers.values())
 
     def remove(self) -> None:
         """Take the hooks off the model."""

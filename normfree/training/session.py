@@ -55,6 +55,8 @@ def starting_point(config: Config, run_dir: Path) -> Path | None:
     if not is_run(run_dir):
         raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
     differences = weights_differences(config, load_run(run_dir).config)
+    if config.resume is not None:  # asked for by name: the run may be made longer
+        differences = [d for d in differences if not d.startswith("train.max_steps:")]
     if differences:
         raise UserError(
             f"run_dir={run_dir} is a run of another configuration; two runs are never mixed. Choose another run_dir "
@@ -133,6 +135,7 @@ def _train(
     if checkpoint is not None:
         start = ckpt.load_training_state(trainer.model, trainer.optimizer, trainer.extra_state(), checkpoint)
     truncate(run_dir, start)
+    config.resume = None  # done; the record is that of one run, however often it was interrupted
     writer = RunWriter(run_dir)
     writer.config(config)
     save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
