@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 # Script -> the arrays of which it needs at least one (none: it draws the scalars of every run).
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "entropy_heatmap": ("attn_entropy", "probe_attn_entropy"),
+    "layerwise_entropy": ("attn_entropy", "probe_attn_entropy"),
+    "entropy_ranges": ("attn_entropy", "probe_attn_entropy"),
+    "nan_counts": ("nan_count", "probe_nan_count"),
+    "learned_slopes": ("act_slope",),
+    "loss_curves": (),
 }
 
 

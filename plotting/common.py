@@ -29,7 +29,7 @@ Plot = Callable[[Sequence[Run], FigureBase, argparse.Namespace], list[Row]]
 
 WIDTHS = (3.25, 6.75)  # inches: one column, two columns
 FORMATS = ("png", "svg", "pdf")
-MAX_HEIGHT = 9.0  # inches: a page
+MAX_HEIGHT = 9.0  # inches: a page; heat maps shrink their cells to fit it
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure everywhere
@@ -123,7 +123,7 @@ def figure(width: float = WIDTHS[1]) -> Figure:
 def set_height(fig: FigureBase, inches: float) -> None:
     """The height a figure's content asks for. A SubFigure keeps what its owner gave it."""
     if isinstance(fig, Figure):
-        fig.set_figheight(min(inches, MAX_HEIGHT))
+        fig.set_figheight(inches)
 
 
 def make_room(fig: Figure) -> None:
@@ -257,8 +257,19 @@ def line_style(i: int) -> Any:
     return LINES[i % len(LINES)]
 
 
+def layer_style(layer: int, n_layer: int) -> Any:
+    """Few layers: a style each. Many: a style for each quarter of the depth, which the eye can still follow."""
+    return line_style(layer if n_layer <= MANY_LAYERS else len(LINES) * layer // n_layer)
+
+
 def integer_ticks(axis: Any, most: int = 12) -> None:
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def note(ax: Axes, text: str, y: float) -> None:
+    """Small words on top of a horizontal line, at the right end."""
+    at = ("axes fraction", "data")
+    ax.annotate(text, (1, y), xycoords=at, xytext=(0, 2), textcoords="offset points", ha="right", size=7)
 
 
 def grid(fig: FigureBase, n: int, columns: int) -> list[Axes]:

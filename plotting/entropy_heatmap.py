@@ -148,7 +148,7 @@ def _fit(fig: FigureBase, panels: Sequence[Panel], titles: Sequence[str], column
     )  # the colour bar, and the legend of NaN
     cell_width = min((common.size(fig)[0] / columns - 0.5) / n_head, WIDEST)
     room = common.MAX_HEIGHT - below - words * lines
-    cell_height = min(0.8 * cell_width, 0.28, room / lines / n_layer, 5.0 / n_layer)
+    cell_height = min(0.8 * cell_width, 0.28, max(room / lines, 0.8) / n_layer, 5.0 / n_layer)
     common.set_height(fig, lines * (n_layer * cell_height + words) + below)
     return cell_width, cell_height
 

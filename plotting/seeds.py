@@ -1,0 +1,114 @@
+"""Runs that differ only in the seed: which they are, which of them were lost, and mean and interval over them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from normfree.config import flat_keys, weights_hash
+from normfree.errors import UserError
+from normfree.runs import Run
+
+LOST = ("diverged", "failed")
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
+T_TABLE = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
+)  # fmt: skip
+NORMAL = 1.959964  # the same quantile of the normal distribution
+
+
+@dataclass
+class Group:
+    """Runs of one configuration, in the order given, one a seed."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def lost(self) -> int:
+        return sum(is_lost(run) for run in self.runs)
+
+    @property
+    def count(self) -> str:
+        """How many runs there are and how many were lost, in words."""
+        n = len(self.runs)
+        if n == 1:
+            return f"seed {self.runs[0].config.seed}" + (", lost" if self.lost else "")
+        return f"{n} seeds" + (f", {self.lost} of {n} lost" if self.lost else "")
+
+
+def is_lost(run: Run) -> bool:
+    """Diverged, failed, or finished on a validation loss that is not finite (`nan_policy=log` trains on)."""
+    status = run.status.get("status")
+    return status in LOST or (status == "finished" and not math.isfinite(final(run, "val/loss")))
+
+
+def final(run: Run, metric: str) -> float:
+    """The metric at the last recorded step; NaN where it was not recorded there, however good it was before."""
+    return float(run.metrics[metric].iloc[-1]) if metric in run.metrics else math.nan
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Groups of equal settings that can change the weights, the seed aside, in order of first appearance."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(weights_hash(run.config), []).append(run)
+    for same in members.values():
+        _refuse_repeats(same)
+    names = _names([same[0] for same in members.values()])
+    return [Group(name, same) for name, same in zip(names, members.values(), strict=True)]
+
+
+def _refuse_repeats(runs: Sequence[Run]) -> None:
+    seen: dict[int, Run] = {}
+    for run in runs:
+        other = seen.setdefault(run.config.seed, run)
+        if other is not run:
+            raise UserError(
+                f"{other.directory} and {run.directory} have the same settings and the same seed {run.config.seed}: "
+                "they are not two samples. Name one of them."
+            )
+
+
+def differing_keys(runs: Sequence[Run]) -> dict[str, list[object]]:
+    """Settings that can change the weights (the seed aside) and are not equal in all runs: key -> value of each run."""
+    columns: dict[str, list[object]] = {}
+    for run in runs:
+        for name, value, weights in flat_keys(run.config):
+            if weights and name != "seed":
+                columns.setdefault(name, []).append(value)
+    return {name: values for name, values in columns.items() if any(v != values[0] for v in values)}
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names without a seed at the end; where two are equal, the keys that differ are added."""
+    names = [run.name.removesuffix(f"-s{run.config.seed}") for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    differences = differing_keys(runs)
+    return [
+        ", ".join([name, *(f"{key.split('.')[-1]}={values[i]}" for key, values in differences.items())])
+        for i, name in enumerate(names)
+    ]
+
+
+def t_quantile(degrees: int) -> float:
+    """97.5 % quantile of Student's t: from the table, beyond it by the expansion around the normal (error < 1e-4)."""
+    assert degrees >= 1, "an interval needs at least two samples"
+    if degrees <= len(T_TABLE):
+        return T_TABLE[degrees - 1]
+    z = NORMAL
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def mean_interval(samples: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and half width of the 95 % t interval over axis 0; the half width of a single sample is NaN."""
+    values = np.asarray(samples, dtype=np.float64)
+    n = len(values)
+    if n < 2:
+        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), t_quantile(n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
