@@ -17,7 +17,8 @@ def reachable(url: str, seconds: float = SECONDS) -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            # A new opener: the shared one keeps the proxies that the environment named when it was first used.
+            urllib.request.build_opener().open(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
         except urllib.error.HTTPError:
             pass  # a refusal is an answer: the server is there
         except (OSError, ValueError):
