@@ -19,6 +19,7 @@ from normfree.data.tokenizer import Tokenizer, load_tokenizer
 from normfree.errors import EXIT_DIVERGED, EXIT_OK, UserError
 from normfree.model import KVCache, Transformer
 from normfree.model.losses import head_logits
+from normfree.plugins import load_plugin
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)")
     p.add_argument("--no-cache", action="store_true", help="compute every position anew for each token (slow)")
+    p.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="choices of your own, as in run.py")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     return p
 
@@ -150,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"temperature": a.temperature, "top_k": a.top_k, "seed": a.seed, "use_cache": not a.no_cache}
     try:
         check_device(a.device)
+        for plugin in a.plugin:
+            load_plugin(plugin)
         checkpoint = find_checkpoint(a.run)
         model = load_model(checkpoint, device=a.device)
         print(complete(model, run_tokenizer(checkpoint), a.prompt, a.tokens, **options))

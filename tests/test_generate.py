@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
+from tiny_run import make_run
 
 from normfree.config import DropoutConfig, ModelConfig
-from normfree.errors import EXIT_DIVERGED, UserError
-from normfree.generate import generate, sample
+from normfree.data.tokenizer import load_tokenizer
+from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DIVERGED, UserError
+from normfree.generate import complete, generate, main, sample
 from normfree.model import Transformer, init_weights
+from normfree.runs import load_run
+from normfree.training.checkpoint import load_model
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 40}
 FAMILIES = {
@@ -158,3 +162,39 @@ def test_a_bad_request_is_named(prompt, options, message):
 
 def test_no_new_tokens_give_the_prompt():
     assert generate(build(), [1, 2], 0).tolist() == [[1, 2]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    torch.set_num_threads(1)
+    return make_run(tmp_path_factory.mktemp("generate"))
+
+
+def test_the_command_prints_prompt_and_continuation(run_dir, capsys):
+    assert main([str(run_dir), "--prompt", "Text 1", "--tokens", "8", "--seed", "4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Text 1")
+    model, tokenizer = load_model(run_dir), load_tokenizer(run_dir / "tokenizer")
+    assert text == complete(model, tokenizer, "Text 1", 8, temperature=0.8, seed=4) + "\n"
+    checkpoint = str(load_run(run_dir).checkpoints[0][1])
+    assert main([checkpoint, "--prompt", "Text 1", "--tokens", "8", "--seed", "4", "--no-cache"]) == 0
+    assert capsys.readouterr().out == text
+    assert main([str(run_dir), "--tokens", "3"]) == 0  # no prompt: the start of a document
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], EXIT_CHECKPOINT, "neither a run directory nor a checkpoint"),
+        (["RUN", "--temperature", "-1"], EXIT_CONFIG, "temperature=-1"),
+        (["RUN", "--top-k", "0"], EXIT_CONFIG, "top_k=0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message(arguments, code, message, run_dir, capsys):
+    assert main([word.replace("RUN", str(run_dir)) for word in arguments]) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err

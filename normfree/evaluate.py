@@ -1,0 +1,251 @@
+"""What a checkpoint is worth and what its attention does, over a whole split, as a run directory of its own.
+
+    python -m normfree.evaluate RUN|CHECKPOINT|HF_FOLDER [--out DIR] [--split val|val_package|train] [...]
+
+Written: the loss of the split, its perplexity and bits per byte; `position_loss` (T,); `probe_attn_entropy` (n_layer,
+n_head); `position_entropy` (n_layer, n_head, T); NaN and Inf counts. So every figure can be drawn for any checkpoint:
+
+    python -m normfree.evaluate folder/of/gpt2 --path my_texts --seq-len 1024
+    python plotting/entropy_heatmap.py runs/evaluate-gpt2
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from normfree.config import Config, DataConfig, ModelConfig, resolve, resolve_vocabulary, validate
+from normfree.data.batches import evaluation_rows
+from normfree.data.packing import Corpus, prepare
+from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_OK, UserError
+from normfree.generate import check_device, run_tokenizer
+from normfree.interop.huggingface import from_hf, is_hf_folder
+from normfree.measure import Measurement, measure_split
+from normfree.model import Transformer
+from normfree.plugins import load_plugin
+from normfree.runs import SITES, RunWriter, is_run, load_run, norm_label
+from normfree.training import checkpoint as ckpt
+from normfree.training.evaluation import loss_metrics
+from normfree.training.machine import DTYPES
+from normfree.training.session import versions
+
+KIND = "evaluation"  # in run.json: such a directory is replaced by the same command again
+SPLITS = ("val", "val_package", "train")
+
+
+@dataclass
+class Subject:
+    """What is evaluated: the model, what it is called, and the text that belongs to it."""
+
+    model: Transformer
+    config: Config
+    step: int
+    out: Path  # where the evaluation goes unless --out says otherwise
+    tokenizer_fingerprint: str | None = None  # of the run; None: the user chose the tokenizer
+
+
+def load_subject(path: Path, tokenizer: str | None) -> Subject:
+    """Read a run (its newest good checkpoint), a checkpoint or a Hugging Face folder."""
+    if is_run(path) or (path / ckpt.MANIFEST).is_file():
+        if tokenizer is not None:
+            raise UserError("--tokenizer is for a Hugging Face folder; a run has its own.")
+        return _of_checkpoint(ckpt.find_checkpoint(path).resolve())
+    if is_hf_folder(path):
+        return _of_hf_folder(path, tokenizer)
+    raise UserError(
+        f"{path} is neither a run directory, nor a checkpoint, nor a Hugging Face folder (config.json and "
+        "model.safetensors).",
+        EXIT_CHECKPOINT,
+    )
+
+
+def _of_checkpoint(checkpoint: Path) -> Subject:
+    run_dir = checkpoint.parent.parent
+    if not is_run(run_dir):
+        raise UserError(f"{checkpoint} lies outside its run, whose tokenizer is needed.", EXIT_CHECKPOINT)
+    config = ckpt.load_config(checkpoint)
+    step = ckpt.verify(checkpoint)["step"]
+    config.name = f"{load_run(run_dir).name} step {step}"
+    fingerprint = run_tokenizer(checkpoint).fingerprint
+    out = run_dir / "evaluations" / checkpoint.name
+    return Subject(ckpt.load_model(checkpoint), config, step, out, fingerprint)
+
+
+def _of_hf_folder(folder: Path, tokenizer: str | None) -> Subject:
+    if tokenizer is None:
+        tokenizer = str(folder / "tokenizer.json")
+        if not Path(tokenizer).is_file():
+            raise UserError(f"{folder} has no tokenizer.json; name one with --tokenizer (a path, gpt2, bytes, ...).")
+    model = from_hf(folder)
+    name = folder.resolve().name
+    config = Config(name=name, model=model.config, data=DataConfig(tokenizer=tokenizer))
+    return Subject(model, config, 0, Path("runs") / f"evaluate-{name}")
+
+
+def choose_data(subject: Subject, a: argparse.Namespace) -> None:
+    """Put the options about the text into the subject's configuration, and resolve and check it."""
+    data = subject.config.data
+    other_text = a.data is not None or a.path is not None
+    if other_text:
+        data.source, data.path = a.data or "files", a.path
+        data.max_documents = None
+    if a.seq_len is not None:
+        data.seq_len = a.seq_len
+    if other_text or (a.seq_len is not None and data.chunks == "original"):
+        data.fingerprint = None  # the run's own corpus is not what is asked for
+    # Imported models may have shapes that cannot be trained from a configuration, so only what is new is checked.
+    validate(Config(data=data, model=ModelConfig(block_size=subject.config.model.block_size)))
+    subject.config = resolve(subject.config)
+    if a.split != "val":
+        subject.config.name = f"{subject.config.name} ({a.split})"
+        subject.out = subject.out.with_name(f"{subject.out.name}-{a.split}")
+
+
+def open_corpus(subject: Subject) -> Corpus:
+    """The text as tokens of the model's own tokenizer, else `UserError`."""
+    config = subject.config
+    corpus = prepare(config.data, report=lambda line: print(line, file=sys.stderr))
+    expected = subject.tokenizer_fingerprint
+    if expected is not None and corpus.tokenizer.fingerprint != expected:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the model was trained with (a trained "
+            "tokenizer depends on its text); loss and entropy would mean nothing."
+        )
+    resolve_vocabulary(config, corpus.tokenizer.n_vocab)
+    config.data.fingerprint = corpus.fingerprint
+    return corpus
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A directory to write under that becomes `out` at the end. An older evaluation gives way, nothing else does."""
+    if out.exists() and not (is_run(out) and load_run(out).status.get("kind") == KIND):
+        raise UserError(f"{out} exists and is no evaluation. Name another directory with --out.", EXIT_DIRECTORY)
+    temporary = out.with_name(f".{out.name}.writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.", EXIT_DIRECTORY) from error
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    temporary.rename(out)
+
+
+def metrics_of(result: Measurement, corpus: Corpus, split: str) -> dict[str, float]:
+    """val/loss, val/perplexity, val/bits_per_byte, under the name of the split."""
+    values = loss_metrics(result.loss, corpus.bytes_per_token(split))
+    return {name.replace("val/", f"{split}/"): value for name, value in values.items()}
+
+
+def write(directory: Path, config: Config, step: int, result: Measurement, metrics: dict[str, float]) -> None:
+    """The record of an evaluation, in the form of a run's."""
+    writer = RunWriter(directory)
+    writer.config(config)
+    writer.scalars(step, metrics)
+    writer.array("probe_attn_entropy", step, result.entropy, ("layer", "head"), "nats")
+    writer.array("position_entropy", step, result.position_entropy, ("layer", "head", "position"), "nats")
+    writer.array("position_loss", step, result.position_loss, ("position",), "nats")
+    for name, value in result.counts.items():
+        writer.array(f"probe_{name}", step, value, ("site", "layer"), "elements")
+    N, T, model = result.sequences, len(result.position_loss), config.model
+    elements = [N * (model.n_head * T * T if site == "attn_probs" else T * model.n_embd) for site in SITES]
+    writer.array("probe_elements", step, np.array(elements, dtype=np.int64), ("site",), "elements")
+    writer.close()
+
+
+def run(a: argparse.Namespace) -> str:
+    """Evaluate as the command line says; returns what to tell the user."""
+    _check_options(a)
+    plugins = [load_plugin(path) for path in a.plugin]
+    subject = load_subject(a.subject, a.tokenizer)
+    choose_data(subject, a)
+    config = subject.config
+    corpus = open_corpus(subject)
+    tokens = corpus.tokens(a.split)
+    assert config.data.seq_len is not None, "the configuration is not resolved"
+    rows = evaluation_rows(tokens, config.data.seq_len, a.max_tokens or len(tokens), corpus.chunk_len)
+    out = a.out or subject.out
+    with replacing(out) as directory:
+        result = measure_split(subject.model.to(a.device), rows, a.batch_size, a.precision)
+        metrics = metrics_of(result, corpus, a.split)
+        write(directory, config, subject.step, result, metrics)
+        RunWriter(directory).status(**_status(a, subject, corpus, result), plugins=plugins, **metrics)
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return f"{config.name}: {numbers}; {result.tokens:,} tokens of {result.sequences:,} sequences\n{out}"
+
+
+def _check_options(a: argparse.Namespace) -> None:
+    for option in ("batch_size", "max_tokens"):
+        value = getattr(a, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value} must be at least 1.")
+    check_device(a.device)
+
+
+def _status(a: argparse.Namespace, subject: Subject, corpus: Corpus, result: Measurement) -> dict[str, Any]:
+    return {
+        "status": "finished",
+        "kind": KIND,
+        "last_step": subject.step,
+        "reason": None,
+        "subject": str(a.subject),
+        "split": a.split,
+        "sequences": result.sequences,
+        "tokens": result.tokens,
+        "parameters": subject.model.parameter_counts(),
+        "norms": norm_label(subject.config),
+        "device": a.device,
+        "precision": a.precision,
+        "threads": torch.get_num_threads(),
+        "corpus": {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.name},
+        "versions": versions(),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m normfree.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("subject", type=Path, metavar="RUN|CHECKPOINT|HF_FOLDER", help="a run: its newest good checkpoint")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/evaluations/..., or runs/evaluate-HF_FOLDER")
+    p.add_argument("--split", choices=SPLITS, default="val", help="default: val")
+    p.add_argument("--data", metavar="SOURCE", help="other text than the run's: a data.source, as in run.py")
+    p.add_argument("--path", metavar="PATH", help="data.path: a file, a folder or a glob (implies --data files)")
+    p.add_argument("--tokenizer", metavar="NAME", help="for a Hugging Face folder; default: its tokenizer.json")
+    p.add_argument("--seq-len", type=int, metavar="T", help="default: the run's; else 128, or block_size if less")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="only about so many tokens (default: the whole split)")
+    p.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences a forward pass (default: 8)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    p.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: fp32, however it was trained")
+    p.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="choices of your own, as in run.py")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. A user's mistake is one message and its exit code."""
+    try:
+        print(run(_parser().parse_args(argv)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
