@@ -79,7 +79,7 @@ def test_splits_have_no_document_in_common() -> None:
 
 
 def test_shared_passages_stay_out_of_what_is_held_out() -> None:
-    """Sixty of a hundred documents quote one of ten passages: a division by chance would leak a tenth of the windows."""
+    """Sixty of a hundred documents quote one of ten passages: a division by chance would leak many windows."""
     passages = [lines(1000 + i, 12) for i in range(10)]
     documents = [
         Document("\n".join(lines(seed) + (passages[seed % 10] if seed < 60 else [])), f"p{seed % 7}", str(seed))
