@@ -167,6 +167,7 @@ class _Stream:
 
 
 def _divide(data: DataConfig, source: Source) -> Split:
+    """The splits of a source. To divide them, all documents are held in memory, about three bytes a byte of text."""
     if source.own_splits:
         return Split({name: _Stream(source, name) for name in ("train", "val")}, {})
     return split_documents(source.documents("train"), data.max_documents)

@@ -19,6 +19,7 @@ LINES = 5  # of a window
 NEAR_DUPLICATE = 0.5  # share of a document's windows that were seen before
 MOST_SHARED = 0.01  # of a held-out split's windows, that may occur in train
 HELD_OUT = 0.05  # bytes of val, and of val_package, as a share of all
+LARGEST_PACKAGE = 0.25  # of all bytes, that may be held out where every package is large
 HELD_OUT_BYTES = (8 * 1024, 8 * 2**20)  # bounds of the same: too small to measure a loss, more than anyone evaluates
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -104,7 +105,7 @@ def _target(total: int) -> int:
 
 
 def _choose_packages(items: Sequence[_Item]) -> set[str]:
-    """Packages to hold out whole, in the order of their hash; none where there is only one."""
+    """Packages to hold out whole, in the order of their hash; none where there are only two or three large ones."""
     sizes: dict[str, int] = defaultdict(int)
     for item in items:
         if item.document.package is not None:
@@ -119,7 +120,7 @@ def _choose_packages(items: Sequence[_Item]) -> set[str]:
             chosen.add(name)
             taken += sizes[name]
     smallest = min(sizes, key=lambda name: (sizes[name], name))
-    return chosen or ({smallest} if sizes[smallest] <= total // 2 else set())
+    return chosen or ({smallest} if sizes[smallest] <= LARGEST_PACKAGE * total else set())
 
 
 def _accept(items: Sequence[_Item], shared: np.ndarray, target: int, most: int | None) -> list[int]:

@@ -114,9 +114,9 @@ def test_a_package_is_held_out_whole() -> None:
         assert not held & {d.package for d in split.documents[name]}
 
 
-@pytest.mark.parametrize("packages", [[None], ["only"]])
-def test_one_package_is_not_held_out(packages: list[str | None]) -> None:
-    split = split_documents([document(seed, package=packages[0]) for seed in range(60)])
+@pytest.mark.parametrize("packages", [[None], ["only"], ["half", "other"]])
+def test_a_package_that_is_much_of_the_text_is_not_held_out(packages: list[str | None]) -> None:
+    split = split_documents([document(seed, package=packages[seed % len(packages)]) for seed in range(60)])
     assert set(split.documents) == {"train", "val"}
 
 
