@@ -219,6 +219,24 @@ def _fail(error: UserError) -> int:
     return error.exit_code
 
 
+# Hydra's options that take a value; its parser wants every option before every key=value.
+VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
+          "-i", "--info", "-sc", "--shell-completion", "--experimental-rerun"}  # fmt: skip
+
+
+def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(options with their values, key=value words), wherever the user put them."""
+    options, words, rest = [], [], iter(argv)
+    for word in rest:
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        options.append(word)
+        if word in VALUED:
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options, words
+
+
 def _take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
     """Split `--plugin FILE` (or `--plugin=FILE`) off the command line."""
     rest, paths, words = [], [], iter(argv)
@@ -274,15 +292,15 @@ def main(argv: list[str] | None = None) -> int:
         argv, plugins = _take_plugins(argv)
         os.environ[PLUGINS_VARIABLE] = os.pathsep.join(plugins)
         _load_plugins()
-        multirun = "-m" in argv or "--multirun" in argv
-        words = [word for word in argv if not word.startswith("-")]
+        options, words = split_words(argv)
+        multirun = "-m" in options or "--multirun" in options
         check_overrides(words, multirun)
     except UserError as error:
         return _fail(error)
     folder = Path("runs/.sweeps") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
     if multirun:
-        argv = [*argv, f"hydra.sweep.dir={folder}"]
-    sys.argv = [sys.argv[0], *argv]
+        words = [*words, f"hydra.sweep.dir={folder}"]
+    sys.argv = [sys.argv[0], *options, *words]
     if not ConfigStore.instance().repo.get("schema.yaml"):
         ConfigStore.instance().store(name="schema", node=Config)
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normfree.errors import UserError, unknown
-from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES
+from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES, STATISTICS
 
 VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
 DEFAULT_SEQ_LEN = 128  # the papers' context length
@@ -359,12 +359,13 @@ RANGES = {
 }
 
 
-def _value_problems(config: Config) -> Iterator[str]:
+def _value_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it), key by key."""
     values = {name: value for name, value, _ in flat_keys(config)}
     for name, choices in CHOICES.items():
         value = values[name]
         if value is not None and str(value).lower() not in choices:
-            yield f"{name}: " + unknown("choice", value, choices)
+            yield name, f"{name}: " + unknown("choice", value, choices)
     for name, (low, high, low_ok, high_ok) in RANGES.items():
         value = values[name]
         if value is None:
@@ -372,36 +373,43 @@ def _value_problems(config: Config) -> Iterator[str]:
         inside = (low <= value if low_ok else low < value) and (value <= high if high_ok else value < high)
         if not inside or math.isnan(value):
             bounds = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
-            yield f"{name}={value} is outside {bounds}."
+            yield name, f"{name}={value} is outside {bounds}."
 
 
-def _cross_problems(config: Config) -> Iterator[str]:
+def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
+    """Rules between keys; one of them that is `bad` by itself is not blamed twice."""
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    if model.n_embd % model.n_head:
-        yield f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}."
-    elif model.positions == "rotary" and (model.rotary_dim < 2 or model.rotary_dim % 2):
-        yield (
-            f"model.rotary_pct={model.rotary_pct} turns {model.rotary_dim} of the {model.head_dim} dimensions of a "
-            "head; rotary positions need an even number, at least 2."
-        )
-    if data.seq_len is not None and data.seq_len > model.block_size:
+
+    def legal(*names: str) -> bool:
+        return not bad.intersection(names)
+
+    if legal("model.n_embd", "model.n_head"):
+        if model.n_embd % model.n_head:
+            yield f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}."
+        elif model.positions == "rotary" and (model.rotary_dim < 2 or model.rotary_dim % 2):
+            yield (
+                f"model.rotary_pct={model.rotary_pct} turns {model.rotary_dim} of the {model.head_dim} dimensions of a "
+                "head; rotary positions need an even number, at least 2."
+            )
+    if data.seq_len is not None and legal("data.seq_len", "model.block_size") and data.seq_len > model.block_size:
         yield f"data.seq_len={data.seq_len} is longer than model.block_size={model.block_size}."
-    if optim.warmup_steps is not None and optim.warmup_steps > train.max_steps:
+    if optim.warmup_steps is not None and legal("train.max_steps") and optim.warmup_steps > train.max_steps:
         yield f"optim.warmup_steps={optim.warmup_steps} is longer than the run (train.max_steps={train.max_steps})."
-    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
-        yield (
-            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size}."
-        )
+    micro = train.micro_batch_size
+    if micro is not None and legal("train.batch_size", "train.micro_batch_size") and train.batch_size % micro:
+        yield f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={micro}."
     if model.vocab_size is not None and model.vocab_used is not None and model.vocab_used > model.vocab_size:
         yield f"model.vocab_used={model.vocab_used} is more than model.vocab_size={model.vocab_size}."
     if data.source == "files" and data.path is None:
         yield "data.path is null, but data.source=files needs a file, a folder or a glob."
+    for name in config.diagnostics.statistics:
+        if name not in STATISTICS:
+            yield "diagnostics.statistics: " + unknown("statistic", name, STATISTICS)
 
 
 def validate(config: Config) -> None:
     """Raise one `UserError` that names every fault of the configuration. Touches no file and no device."""
-    problems = list(_value_problems(config))
-    if not problems:  # rules between keys make sense only between legal values
-        problems = list(_cross_problems(config))
-    if problems:
-        raise UserError("\n".join(problems))
+    problems = dict(_value_problems(config))
+    messages = [*problems.values(), *_cross_problems(config, set(problems))]
+    if messages:
+        raise UserError("\n".join(messages))

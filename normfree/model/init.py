@@ -2,11 +2,15 @@
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from normfree.model.attention import QKVLinear
+
+if TYPE_CHECKING:
+    from normfree.model.transformer import Transformer
 
 RESIDUAL_WRITERS = ("attn.proj", "mlp.proj")
 
@@ -19,7 +23,7 @@ def draw_normal(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
+def init_weights(model: "Transformer", seed: int) -> None:
     """Draw every matrix of a `Transformer` in place.
 
     | tensor                                     | distribution                                              |

@@ -58,6 +58,7 @@ class Transformer(nn.Module):
         config = resolve_model(config)
         if config.vocab_size is None:
             raise UserError("model.vocab_size is null: a model without a tokenizer needs its number of token ids.")
+        assert config.final_norm is not None, "resolve_model fills it in"
         self.config = config
         self.vocab_used = config.vocab_used or config.vocab_size
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)

@@ -117,20 +117,14 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
             f"(train longer: python run.py resume={run_dir} train.max_steps=N)"
         )
         return before
-    with alone(run_dir), machine.process_flags(machine.choose_deterministic(config, device)):
-        return _train(config, corpus, run_dir, device, checkpoint, console, plugins or [])
+    with machine.process_flags(machine.choose_deterministic(config, device)):
+        trainer = Trainer(config, corpus, run_dir, device)  # what does not fit is found before anything is written
+        with alone(run_dir):
+            return _train(trainer, checkpoint, console, plugins or [])
 
 
-def _train(
-    config: Config,
-    corpus: Corpus,
-    run_dir: Path,
-    device: torch.device,
-    checkpoint: Path | None,
-    console: Console,
-    plugins: list[dict[str, str]],
-) -> RunResult:
-    trainer = Trainer(config, corpus, run_dir, device)
+def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins: list[dict[str, str]]) -> RunResult:
+    config, corpus, run_dir, device = trainer.config, trainer.corpus, trainer.run_dir, trainer.device
     start = 0
     if checkpoint is not None:
         start = ckpt.load_training_state(trainer.model, trainer.optimizer, trainer.extra_state(), checkpoint)
@@ -246,14 +240,14 @@ def closing_table(run: Run) -> RichTable:
     status, metrics = run.status, run.metrics
     train, val = metrics["train/loss"].dropna(), metrics.dropna(subset=["val/loss"])
     first, last = val.iloc[0], val.iloc[-1]
-    counts = status["parameters"]
+    counts, speed = status["parameters"], status["tokens_per_second"]
     rows = {
         "model": f"{run.name}, {norm_label(run.config)}",
         "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
         "training loss": f"{train.iloc[0]:.3f} -> {train.iloc[-1]:.3f} nats a token",
         "validation loss": f"{first['val/loss']:.3f} -> {last['val/loss']:.3f} nats a token",
         "perplexity": f"{last['val/perplexity']:.2f}; {last['val/bits_per_byte']:.3f} bits a byte",
-        "speed": f"{status['tokens_per_second']:,.0f} tokens/s",
+        "speed": f"{speed:,.0f} tokens/s" if math.isfinite(speed) else "too few steps to tell",
         "attention entropy": entropy_summary(run),
         "NaN in block outputs": f"{int(run.nan_counts.sum()):,} elements" if run.has("nan_count") else "not recorded",
         "written to": str(run.directory),

@@ -1,0 +1,131 @@
+"""Numbers that are not finite never reach the weights, and the run says where they came from."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normfree.cli import run_config
+from normfree.errors import EXIT_DIVERGED
+from normfree.runs import load_run
+from normfree.training.faults import FiniteFlag, LossScaler
+from normfree.training.optimizer import GradientNorms, build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def poison(monkeypatch, *steps, value=float("nan")):
+    """Plant `value` in one gradient of the given steps."""
+    original, calls = GradientNorms.__call__, []
+
+    def poisoned(self):
+        if len(calls) in steps:
+            self.parameters[-1].grad[0] = value
+        calls.append(0)
+        return original(self)
+
+    monkeypatch.setattr(GradientNorms, "__call__", poisoned)
+
+
+def weights(path):
+    return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+
+
+def same(one, two):
+    return all(a[k].equal(b[k]) for a, b in zip(one, two, strict=True) for k in a if not k.startswith("extra/"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_raise_stops_and_leaves_the_state_before_the_bad_step(train_tiny, tiny, tmp_path, monkeypatch, capsys, value):
+    healthy = train_tiny("healthy", **{"train.max_steps": 3})
+    poison(monkeypatch, 3, value=value)
+    result = run_config(tiny(run_dir=str(tmp_path / "bad")))
+    assert (result.status, result.exit_code) == ("diverged", EXIT_DIVERGED)
+    run = load_run(tmp_path / "bad")
+    assert run.status["last_step"] == 3
+    assert "step 3" in run.status["reason"]
+    assert [step for step, _ in run.checkpoints] == [2, 3]
+    assert same(weights(run.checkpoints[-1][1]), weights(healthy.checkpoints[-1][1]))
+    assert run.metrics["step"].max() == 3
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_not_trained_again(train_tiny, monkeypatch, tiny, tmp_path):
+    poison(monkeypatch, 3)
+    train_tiny()
+    assert run_config(tiny(run_dir=str(tmp_path / "run"))).exit_code == EXIT_DIVERGED
+
+
+def test_skip_leaves_out_exactly_the_bad_step(train_tiny, monkeypatch):
+    poison(monkeypatch, 3)
+    run = train_tiny(nan_policy="skip", **{"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
+    assert run.status["status"] == "finished"
+    paths = dict(run.checkpoints)
+    assert same(weights(paths[3]), weights(paths[4])), "the bad step changed something"
+    assert not same(weights(paths[4]), weights(paths[5])), "the step after it was not applied"
+    assert run.metrics.set_index("step")["bad_steps"].dropna().iloc[-1] == 1
+
+
+def test_log_goes_on_and_the_record_shows_it(train_tiny, monkeypatch):
+    poison(monkeypatch, 3)
+    run = train_tiny(nan_policy="log", **{"diagnostics.every": 1, "model.norm": "none"})
+    assert run.status["status"] == "finished"
+    assert (run.nan_counts[:4] == 0).all()
+    assert (run.nan_counts[4:, -1] == run.elements["block"][4:]).all()
+    assert run.metrics["train/loss"].isna().iloc[-2]
+
+
+def test_a_divergence_names_the_first_bad_block(tiny, tmp_path):
+    config = tiny(run_dir=str(tmp_path / "bad"), **{"optim.lr": 900.0, "optim.grad_clip": 0.0, "model.norm": "none"})
+    config.train.max_steps = 60
+    assert run_config(config).status == "diverged"
+    run = load_run(tmp_path / "bad")
+    assert "block" in run.status["reason"]
+    assert run.entropy_steps[-1] == run.status["last_step"], "the bad step itself is on record"
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "log"])
+def test_flag(policy):
+    flag = FiniteFlag(policy, CPU)
+    good, bad, no = torch.tensor(True), torch.tensor(False), torch.tensor(False)
+    masks = []
+    for step, verdict in enumerate([good, bad, good, bad, good]):
+        flag.judge(verdict, step, no)
+        masks.append(flag.mask.item())
+    assert masks == {"raise": [0, 1, 1, 1, 1], "skip": [0, 1, 0, 1, 0], "log": [0] * 5}[policy]
+    assert flag.first_bad == 1
+    assert flag.bad_steps == 2
+
+
+def test_a_masked_step_changes_neither_weights_nor_moments_nor_step_count(tiny):
+    model = torch.nn.Linear(3, 3)
+    optimizer = build_optimizer(model, tiny().optim)
+    mask = optimizer.found_inf = torch.zeros(())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [t.clone() for p in model.parameters() for t in (p.data, *optimizer.state[p].values())]
+    mask.fill_(1.0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    after = [t for p in model.parameters() for t in (p.data, *optimizer.state[p].values())]
+    assert all(a.equal(b) for a, b in zip(before, after, strict=True))
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_the_interval():
+    scaler = LossScaler(True, CPU, start=8.0, interval=2)
+    scales = []
+    for finite in (False, True, True, True, False):
+        assert scaler.overflowed(torch.tensor(finite)) == (not finite)
+        scales.append(scaler.scale.item())
+    assert scales == [4, 4, 8, 8, 4]
+    assert scaler.skipped == 2
+
+
+def test_fp16_overflow_is_skipped_counted_and_not_a_bad_step(train_tiny, monkeypatch):
+    poison(monkeypatch, 1, value=float("inf"))
+    run = train_tiny(**{"train.precision": "fp16"})
+    assert run.status["status"] == "finished"
+    rows = run.metrics.set_index("step")
+    assert rows["scaler_skips"].dropna().iloc[-1] == 1
+    assert rows["loss_scale"].dropna().iloc[-1] == 2.0**15

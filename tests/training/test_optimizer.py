@@ -1,0 +1,71 @@
+"""Schedules, decay groups, gradient norms, clipping."""
+
+import math
+
+import pytest
+import torch
+
+from normfree.config import ModelConfig, OptimConfig
+from normfree.model import Transformer, init_weights
+from normfree.tables import SCHEDULES
+from normfree.training.optimizer import GradientNorms, clip_, decay_groups
+from normfree.training.schedules import learning_rate
+
+
+def rates(schedule, steps=100, **settings):
+    config = OptimConfig(lr=2.0, schedule=schedule, warmup_steps=10, **settings)
+    return [learning_rate(step, steps, config) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_warmup_reaches_the_peak_and_never_passes_it(schedule):
+    found = rates(schedule, lr_final=0.1)
+    assert found[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
+    assert max(found) == found[10] == 2.0
+    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+    assert found[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+
+
+def test_closed_forms():
+    assert rates("linear")[55] == pytest.approx(1.0)
+    assert rates("cosine")[55] == pytest.approx(1.0)
+    assert rates("cosine")[10 + 30] == pytest.approx(1 + math.cos(math.pi / 3))
+    assert rates("wsd", decay_fraction=0.5)[54] == 2.0
+    assert rates("wsd", decay_fraction=0.5)[10 + 68] == pytest.approx(2 * (1 - (68 / 90 - 0.5) / 0.5))
+
+
+def test_a_run_without_warmup_starts_at_the_peak():
+    assert learning_rate(0, 5, OptimConfig(lr=3.0, warmup_steps=0, schedule="constant")) == 3.0
+
+
+def small(**settings):
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=32, **settings))
+    init_weights(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+@pytest.mark.parametrize("decay_slopes", [False, True])
+def test_decay_groups(scope, decay_slopes):
+    model = small(act="learnable_leaky_relu", act_scope=scope)
+    groups = decay_groups(model, OptimConfig(weight_decay=0.3, decay_slopes=decay_slopes))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        expected = decay_slopes if "slope" in name else name.endswith(".weight") and "norm" not in name
+        assert decay[id(p)] == (0.3 if expected else 0.0), name
+
+
+def test_norms_by_layer_and_clipping():
+    model = small(norm="none")
+    idx = torch.randint(0, 32, (2, 8))
+    model(idx, idx).sum.backward()
+    total, layers = GradientNorms(model, 2)()
+    everything = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert total.item() == pytest.approx(everything.norm().item(), rel=1e-6)
+    first = torch.cat([p.grad.flatten() for p in model.blocks[0].parameters()])
+    assert layers[0].item() == pytest.approx(first.norm().item(), rel=1e-6)
+    clip_(list(model.parameters()), total, total.item() / 4)
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert clipped.norm().item() == pytest.approx(total.item() / 4, rel=1e-4)
+    assert torch.allclose(clipped * 4, everything, rtol=1e-3)

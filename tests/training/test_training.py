@@ -1,0 +1,173 @@
+"""What a run does and leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normfree import load_model, load_run, load_runs
+from normfree.cli import run_config
+from normfree.config import weights_hash
+from normfree.data.tokenizer import load_tokenizer
+from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, UserError
+from normfree.training import checkpoint as ckpt
+from normfree.training.session import alone
+
+
+def test_learns(train_tiny):
+    run = train_tiny(**{"train.max_steps": 60, "model.norm": "none", "model.act": "relu", "train.eval_every": 0})
+    losses = run.metrics["val/loss"].dropna()
+    train = run.metrics["train/loss"].dropna()
+    assert train.iloc[0] == pytest.approx(math.log(257), abs=0.1), "an untrained model knows nothing"
+    assert losses.iloc[-1] < train.iloc[0] - 2
+    assert run.metrics["val/perplexity"].dropna().iloc[-1] == pytest.approx(math.exp(losses.iloc[-1]))
+
+
+def test_accumulation_changes_the_sum_not_the_gradient(train_tiny):
+    smooth = {"train.max_steps": 2, "optim.eps": 0.1}  # else AdamW blows rounding of tiny gradients up to steps of lr
+    whole = train_tiny("whole", **smooth)
+    parts = train_tiny("parts", **smooth, **{"train.micro_batch_size": 2})
+    one, two = (load_file(run.checkpoints[-1][1] / "model.safetensors") for run in (whole, parts))
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    losses = [run.metrics["train/loss"].dropna().tolist() for run in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert parts.entropy == pytest.approx(whole.entropy, abs=1e-4)
+    assert (parts.elements["block"] == whole.elements["block"]).all()
+
+
+def test_evaluation_at_a_step_is_of_the_checkpoint_of_that_step(train_tiny):
+    run = train_tiny()
+    step, path = run.checkpoints[-1]
+    from normfree.data.batches import evaluation_rows
+    from normfree.data.packing import prepare
+    from normfree.training.evaluation import evaluate_loss
+
+    rows = evaluation_rows(prepare(run.config.data).tokens("val"), 16, 256, None)
+    loss = evaluate_loss(load_model(path), rows, 8, "fp32")
+    assert run.metrics.set_index("step").loc[step, "val/loss"] == loss
+
+
+def test_the_run_directory_is_complete(train_tiny):
+    run = train_tiny(**{"log.tensorboard": True, "log.figures": True})
+    names = {path.name for path in run.directory.iterdir()}
+    expected = "config.yaml run.json metrics.jsonl arrays tensorboard checkpoints figures tokenizer"
+    assert set(expected.split()) <= names
+    assert run.status["warnings"] == []
+    assert run.entropy.shape == (3, 2, 2)
+    assert run.probe_entropy.shape == (4, 2, 2), "the probe sees the final weights as well"
+    assert run.nan_counts.shape == (3, 2)
+    assert run.elements["attn_probs"].tolist() == [8 * 2 * 16 * 16] * 3
+    assert run.array("grad_norm")[1].shape == (3, 2)
+    for line in (run.directory / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    assert load_tokenizer(run.directory / "tokenizer").decode([104, 105]) == "hi"
+    assert run.status["parameters"]["total"] == sum(p.numel() for p in load_model(run.directory).parameters())
+    assert len(list((run.directory / "figures").glob("*.png"))) >= 4
+    assert len(list((run.directory / "tensorboard").iterdir())) == 1, "hparams stand in the same event file"
+
+
+def test_learned_slopes_are_recorded(train_tiny):
+    for scope, shape in (("global", (3, 1)), ("per_layer", (3, 2))):
+        run = train_tiny(scope, **{"model.act": "learnable_leaky_relu", "model.act_scope": scope})
+        steps, slopes = run.array("act_slope")
+        assert slopes.shape == shape
+        assert slopes[0] == pytest.approx(0.01)
+        assert (slopes[-1] != slopes[0]).all()
+
+
+def test_load_runs_is_one_tidy_frame(train_tiny, tmp_path):
+    train_tiny("a")
+    train_tiny("b", **{"model.act": "relu"})
+    frame = load_runs(str(tmp_path / "*"))
+    assert set(frame["model.act"]) == {"gelu_tanh", "relu"}
+    assert {"step", "train/loss", "val/loss", "seed", "run"} <= set(frame.columns)
+
+
+def test_the_directory_name_follows_what_can_change_the_weights(tiny):
+    base = weights_hash(tiny())
+    assert weights_hash(tiny(**{"optim.lr": 2e-2})) != base
+    assert weights_hash(tiny(**{"data.seq_len": 8})) != base
+    for name, value in {"seed": 5, "log.every": 3, "train.eval_every": 1, "train.device": "cpu"}.items():
+        assert weights_hash(tiny(**{name: value})) == base, name
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(train_tiny, tiny, tmp_path):
+    run = train_tiny()
+    before = {p: p.stat().st_mtime_ns for p in run.directory.rglob("*")}
+    with pytest.raises(UserError, match=r"optim.lr: 0.5, not 0.01") as caught:
+        run_config(tiny(run_dir=str(tmp_path / "run"), **{"optim.lr": 0.5}))
+    assert caught.value.exit_code == EXIT_DIRECTORY
+    assert {p: p.stat().st_mtime_ns for p in run.directory.rglob("*")} == before
+
+
+def test_a_folder_of_other_files_is_refused(tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="no run"):
+        run_config(tiny(run_dir=str(tmp_path / "mine")))
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_one_process_a_directory(tiny, tmp_path):
+    with alone(tmp_path / "run"), pytest.raises(UserError, match="in use"):
+        run_config(tiny(run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_never_loaded(train_tiny, damage):
+    run = train_tiny()
+    (_, older), (_, newest) = run.checkpoints
+    path = newest / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    with pytest.raises(UserError, match="damaged") as caught:
+        load_model(newest)
+    assert caught.value.exit_code == EXIT_CHECKPOINT
+    assert ckpt.find_checkpoint(run.directory) == older, "a run falls back to the newest good one"
+
+
+def test_pruning_keeps_the_last_good_checkpoint(train_tiny):
+    run = train_tiny(**{"train.keep_checkpoints": 3})
+    for _, path in run.checkpoints[1:]:
+        (path / "model.safetensors").write_bytes(b"")
+    first = run.checkpoints[0][1]
+    ckpt.prune(run.directory, keep=1)
+    assert first in [path for _, path in load_run(run.directory).checkpoints]
+
+
+def test_init_from_starts_with_those_weights(train_tiny):
+    source = train_tiny("source", **{"train.max_steps": 40})
+    again = train_tiny("again", init_from=str(source.directory))
+    assert again.metrics["train/loss"].iloc[0] < source.metrics["train/loss"].iloc[0] - 1
+    with pytest.raises(UserError, match="does not fit"):
+        train_tiny("misfit", init_from=str(source.directory), **{"model.n_layer": 1})
+
+
+def test_diagnostics_off_records_nothing_and_the_summary_says_so(train_tiny, capsys):
+    run = train_tiny(**{"diagnostics.every": 0})
+    assert run.array_names == []
+    assert "not recorded" in capsys.readouterr().err
+
+
+def test_original_chunks_train(train_tiny):
+    run = train_tiny(**{"data.chunks": "original"})
+    assert run.status["status"] == "finished"
+
+
+def test_a_failing_view_never_ends_a_run(train_tiny, monkeypatch):
+    from normfree.training import views
+
+    def broken(self, *args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(views.TensorBoard, "scalars", broken)
+    with pytest.warns(UserWarning, match="disk full"):
+        run = train_tiny(**{"log.tensorboard": True})
+    assert run.status["status"] == "finished"
+    assert "disk full" in run.status["warnings"][0]
