@@ -12,7 +12,7 @@ class LossOutput(NamedTuple):
     """`sum` of the losses of `count` targets, in nats, fp32; both 0-d."""
 
     sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is not needed
 
 
 def head_logits(hidden: Tensor, weight: Tensor, vocab_used: int) -> Tensor:
