@@ -178,16 +178,16 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 # ------------------------------------------------------------------------------------------------------- records
 
 
-def records(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+def records(
+    run: Run, name: str, remedy: str = "diagnostics.every sets how often a run records."
+) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of an array, or an error that says what to do where it was not recorded."""
     if name in run.array_names:
         steps, values = run.array(name)
         if len(steps):
             return steps, values
-    raise UserError(
-        f"{run.directory}: nothing recorded under {name!r} (recorded: {', '.join(run.array_names) or 'no arrays'}). "
-        "diagnostics.every sets how often a run records."
-    )
+    recorded = ", ".join(run.array_names) or "no arrays"
+    raise UserError(f"{run.directory}: nothing recorded under {name!r} (recorded: {recorded}). {remedy}")
 
 
 def sourced(run: Run, name: str, source: str | None, *, prefer: str = "probe") -> tuple[str, np.ndarray, np.ndarray]:

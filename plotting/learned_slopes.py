@@ -14,7 +14,7 @@ def plot(runs: Sequence[Run], fig: FigureBase, *, step: int | None = None) -> li
     """Draw a panel a run; return a row (run, step, layer, slope) for every point."""
     curves = []
     for run, label in zip(runs, common.labels(runs), strict=True):
-        steps, values = common.records(run, "act_slope")
+        steps, values = common.records(run, "act_slope", "Only runs with act=learnable_leaky_relu have learned slopes.")
         kept = layers.up_to(run, steps, step)
         curves.append(Curves(run, label, "", steps[kept], values[kept]))
     axes = layers.panels(fig, curves, "Negative slope")
