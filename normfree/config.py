@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normfree.errors import UserError, unknown
-from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES, STATISTICS
+from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES, STATISTICS, Table
 
 VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
 DEFAULT_SEQ_LEN = 128  # the papers' context length
@@ -228,7 +228,7 @@ def help_lines(cls: type = Config, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(f.type):
             yield from help_lines(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
-            value = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            value = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[operator]
             default = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             star = "*" if f.metadata["weights"] else " "
             yield f"{star} {prefix + f.name + '=' + default:36} {f.metadata['help']}"
@@ -294,7 +294,7 @@ def resolve_vocabulary(config: Config, n_vocab: int) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHOICES = {
+CHOICES: dict[str, Table | tuple[str, ...]] = {
     "model.norm": NORMS,
     "model.final_norm": NORMS,
     "model.act": ACTIVATIONS,

@@ -157,7 +157,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _read_info(path: Path) -> ArrayInfo:
     values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return ArrayInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return ArrayInfo(**values | {"shape": tuple(values["shape"]), "axes": tuple(values["axes"])})
 
 
 def _read_records(path: Path) -> np.ndarray:

@@ -55,7 +55,7 @@ class Recorder:
 
             return hook
 
-        def on_attention(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, int], output: Tensor) -> None:
+        def on_attention(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, int], output: Tensor) -> None:
             if self.enabled:
                 offset = kwargs.get("q_offset", 0)
                 q, k = args[0].detach(), args[1].detach()

@@ -33,7 +33,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and step counts as `<state>/<parameter name>`."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {f"{key}/{names[p]}": t for p, state in optimizer.state.items() for key, t in state.items()}
 
 

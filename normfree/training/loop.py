@@ -154,7 +154,7 @@ class Trainer:
         counts = [arrays[name] for name in ("nan_count", "inf_count") if name in arrays]
         if not counts:
             return "diagnostics.statistics has no nan_count, so the layer is not known."
-        bad = sum(counts)[SITES.index("block")] > 0
+        bad = np.sum(counts, axis=0)[SITES.index("block")] > 0
         if not bad.any():
             return "every block's output is finite, so it arose in the head, the loss or the backward pass."
         return f"the first block with NaN or Inf in its output is block {int(bad.argmax())}."

@@ -58,14 +58,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def process_flags(deterministic: bool) -> Iterator[None]:
     """Process-wide switches of one run, put back afterwards: several runs of a sweep share a process."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # a module whose switch is a property: its types do not show it
+    fill = memory.fill_uninitialized_memory
     torch.compiler.reset()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, read at its first call
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
+        memory.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

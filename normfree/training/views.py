@@ -60,7 +60,7 @@ class WeightsAndBiases:
             project=config.log.wandb_project,
             name=directory.name,
             dir=str(directory),
-            mode=config.log.wandb,  # type: ignore[arg-type]
+            mode=config.log.wandb,
             config={name: v for name, v, _ in flat_keys(config)},
         )
 
