@@ -29,6 +29,9 @@ from normfree.training.record import Packed, Record, pack
 from normfree.training.schedules import learning_rate
 
 
+WARM_UP = 2  # first steps that compile; they are left out of tokens/s
+
+
 class Trainer:
     """One run, from its configuration (resolved) and corpus to a finished run directory."""
 
@@ -171,6 +174,13 @@ class Trainer:
     def extra_state(self) -> dict[str, Tensor]:
         return self.scaler.state() | {"bad_steps": self.flag.bad_steps, "first_bad": self.flag.first_bad}
 
+    def wait(self, done: int, record: Record) -> None:
+        """Let the device finish the steps it has; their time is theirs, not the evaluation's."""
+        began = time.perf_counter()
+        self.settle(record, everything=True)
+        if done > WARM_UP:
+            record.clock(0, time.perf_counter() - began)
+
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self, start: int, record: Record, progress: tqdm) -> None:
@@ -182,10 +192,10 @@ class Trainer:
 
         for step in range(start, last + 1):
             if due(step, config.train.checkpoint_every) and step > start:
-                self.settle(record, everything=True)
+                self.wait(step - start, record)
                 self.save(step)
             if due(step, config.train.eval_every):
-                self.settle(record, everything=True)
+                self.wait(step - start, record)
                 self.evaluate(step, record)
             recording = config.diagnostics.every > 0 and due(step, config.diagnostics.every)
             probe = self.probe() if recording and config.diagnostics.probe_sequences else None
@@ -197,7 +207,7 @@ class Trainer:
             began = time.perf_counter()
             self.train_step(step, recording, probe)
             self.settle(record)
-            if step > start + 1:  # the first two steps compile and warm up
+            if step - start >= WARM_UP:
                 record.clock(tokens, time.perf_counter() - began)
             progress.update()
             progress.set_postfix_str(
