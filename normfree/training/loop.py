@@ -28,7 +28,6 @@ from normfree.training.optimizer import GradientNorms, build_optimizer, clip_, s
 from normfree.training.record import Packed, Record, pack
 from normfree.training.schedules import learning_rate
 
-
 WARM_UP = 2  # first steps that compile; they are left out of tokens/s
 
 
