@@ -197,14 +197,28 @@ class Run:
         return {k: _number(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
 
     @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        path = self.directory / "metrics.jsonl"
+        lines = _read_lines(path) if path.exists() else []
+        return [{name: _number(value) for name, value in row.items()} for row in lines]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of one scalar where it was recorded; a NaN among the values was recorded as NaN."""
+        found = [(row["step"], row[name]) for row in self._rows if name in row]
+        return np.array([step for step, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=np.float64)
+
+    @cached_property
     def metrics(self) -> "pd.DataFrame":
-        """Scalars, one row a step (values recorded at the same step are merged), ordered by step."""
+        """Scalars, one row a step (values recorded at the same step are merged), ordered by step.
+
+        NaN stands both for a value that was NaN and for one that was not recorded at that step; `series` tells them
+        apart.
+        """
         import pandas as pd
 
-        path = self.directory / "metrics.jsonl"
         merged: dict[int, dict[str, Any]] = {}
-        for row in _read_lines(path) if path.exists() else []:
-            merged.setdefault(row["step"], {}).update({k: _number(v) for k, v in row.items()})
+        for row in self._rows:
+            merged.setdefault(row["step"], {}).update(row)
         return pd.DataFrame([merged[step] for step in sorted(merged)], columns=None if merged else ["step"])
 
     @cached_property

@@ -10,7 +10,7 @@ import pytest
 
 from normfree.config import Config
 from normfree.errors import UserError
-from normfree.runs import RunWriter, expand, load_run, load_runs, norm_label, truncate
+from normfree.runs import Run, RunWriter, expand, load_run, load_runs, norm_label, truncate
 
 
 @pytest.fixture
@@ -75,6 +75,15 @@ def test_rows_of_one_step_are_merged(tmp_path):
     writer.scalars(1, {"val/loss": 2.0})
     writer.scalars(1, {"train/loss": 3.0})
     assert load_run(tmp_path / "run").metrics.to_dict("records") == [{"step": 1, "val/loss": 2.0, "train/loss": 3.0}]
+
+
+def test_a_recorded_nan_is_told_from_none(tmp_path):
+    writer = RunWriter(tmp_path / "run")
+    writer.scalars(0, {"val/loss": math.nan})
+    writer.scalars(1, {"train/loss": 3.0})
+    steps, values = Run(tmp_path / "run").series("val/loss")
+    assert steps.tolist() == [0]
+    assert math.isnan(values[0])
 
 
 def test_exports(written, tmp_path):

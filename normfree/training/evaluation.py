@@ -39,6 +39,6 @@ def loss_metrics(loss: float, bytes_per_token: float) -> dict[str, float]:
     """val/loss (nats a token), val/perplexity and val/bits_per_byte (comparable across tokenizers)."""
     return {
         "val/loss": loss,
-        "val/perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond the range of a float
+        "val/perplexity": math.inf if loss > 700 else math.exp(loss),  # above it: beyond the range of a float
         "val/bits_per_byte": loss / math.log(2) / bytes_per_token,
     }

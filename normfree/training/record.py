@@ -50,11 +50,11 @@ class Record:
     def tokens_per_second(self) -> float:
         return self.tokens / self.train_seconds if self.train_seconds else float("nan")
 
-    def _recent_rate(self) -> float:
-        """Tokens per second since the last line."""
+    def _recent_rate(self) -> float | None:
+        """Tokens per second since the last line; None where no time has been taken yet."""
         seconds, tokens = self._mark or (0.0, 0)
         self._mark = (self.train_seconds, self.tokens)
-        return (self.tokens - tokens) / (self.train_seconds - seconds) if self.train_seconds > seconds else float("nan")
+        return (self.tokens - tokens) / (self.train_seconds - seconds) if self.train_seconds > seconds else None
 
     # -- numbers --------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,8 @@ class Record:
             row["bad_steps"] = int(head["bad_steps"])
         if self.config.train.precision == "fp16":
             row |= {"loss_scale": head["loss_scale"], "scaler_skips": int(head["scaler_skips"])}
-        self.scalars(step, row | {"tokens_per_second": self._recent_rate()})
+        rate = self._recent_rate()
+        self.scalars(step, row if rate is None else row | {"tokens_per_second": rate})
 
     def write_arrays(self, step: int, flat: Tensor, prefix: str, sequences: int) -> None:
         for name, value in self.recorder.unpack(flat).items():

@@ -237,16 +237,17 @@ def entropy_summary(run: Run) -> str:
 
 def closing_table(run: Run) -> RichTable:
     """What a user wants to know when training ends."""
-    status, metrics = run.status, run.metrics
-    train, val = metrics["train/loss"].dropna(), metrics.dropna(subset=["val/loss"])
-    first, last = val.iloc[0], val.iloc[-1]
+    status = run.status
+    train, val, perplexity, bits = (
+        run.series(name)[1] for name in ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
+    )
     counts, speed = status["parameters"], status["tokens_per_second"]
     rows = {
         "model": f"{run.name}, {norm_label(run.config)}",
         "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
-        "training loss": f"{train.iloc[0]:.3f} -> {train.iloc[-1]:.3f} nats a token",
-        "validation loss": f"{first['val/loss']:.3f} -> {last['val/loss']:.3f} nats a token",
-        "perplexity": f"{last['val/perplexity']:.2f}; {last['val/bits_per_byte']:.3f} bits a byte",
+        "training loss": f"{train[0]:.3f} -> {train[-1]:.3f} nats a token",
+        "validation loss": f"{val[0]:.3f} -> {val[-1]:.3f} nats a token",
+        "perplexity": f"{perplexity[-1]:.2f}; {bits[-1]:.3f} bits a byte",
         "speed": f"{speed:,.0f} tokens/s" if math.isfinite(speed) else "too few steps to tell",
         "attention entropy": entropy_summary(run),
         "NaN in block outputs": f"{int(run.nan_counts.sum()):,} elements" if run.has("nan_count") else "not recorded",

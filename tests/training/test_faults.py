@@ -1,5 +1,7 @@
 """Numbers that are not finite never reach the weights, and the run says where they came from."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -72,6 +74,17 @@ def test_log_goes_on_and_the_record_shows_it(train_tiny, monkeypatch):
     assert (run.nan_counts[:4] == 0).all()
     assert (run.nan_counts[4:, -1] == run.elements["block"][4:]).all()
     assert run.metrics["train/loss"].isna().iloc[-2]
+
+
+def test_a_run_whose_every_evaluation_is_nan_still_ends_well(train_tiny, monkeypatch, capsys):
+    """Under nan_policy=log a collapsed run has nothing finite to report, and reports that."""
+    poison(monkeypatch, 0)
+    run = train_tiny(nan_policy="log", **{"train.eval_every": 0, "log.figures": True})
+    assert run.status["status"] == "finished"
+    assert [math.isnan(v) for v in run.series("val/loss")[1]] == [True]
+    assert math.isnan(run.series("val/perplexity")[1][-1])
+    assert run.status["warnings"] == []
+    assert "nan nats a token" in capsys.readouterr().err
 
 
 def test_a_divergence_names_the_first_bad_block(tiny, tmp_path):
