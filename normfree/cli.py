@@ -29,10 +29,10 @@ from normfree.config import (
     help_lines,
     resolve,
     resolve_vocabulary,
-    validate,
 )
 from normfree.errors import EXIT_CONFIG, EXIT_OK, UserError, unknown
 from normfree.plugins import load_plugin
+from normfree.rules import CHOICES, validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PLUGINS_VARIABLE = "NORMFREE_PLUGINS"  # how `--plugin` reaches the processes of a parallel sweep
@@ -77,7 +77,8 @@ def _override_problems(override: Override) -> Iterator[str]:
     if name in choices:
         for value in _values(override):
             if value is not None and str(value) not in choices[name]:
-                yield f"{name}={value}: " + unknown(name, value, choices[name])
+                own = f" Your own is typed model.{name}={value}." if value in CHOICES.get(f"model.{name}", ()) else ""
+                yield f"{name}={value}: " + unknown(name, value, choices[name]) + own
     elif name not in KEYS and name not in SECTIONS:
         yield unknown_key(name, [*KEYS, *choices])
     else:

@@ -1,20 +1,18 @@
-"""Every setting of a run, as typed dataclasses, and the rules between them.
+"""Every setting of a run, as typed dataclasses.
 
-Torch and Hydra are not imported here: a mistake is found before either costs a second. Each key says in one line what
-it does, and whether it can change the trained weights: those keys name the run directory, and a resumed run must agree
-with its checkpoint on all of them (`max_steps` aside, which `resume=` may extend).
+Torch and Hydra are not imported here: a mistake is found (`normfree.rules`) before either costs a second. Each key says
+in one line what it does, and whether it can change the trained weights: those keys name the run directory, and a
+resumed run must agree with its checkpoint on all of them (`max_steps` aside, which `resume=` may extend).
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from normfree.errors import UserError, unknown
-from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES, STATISTICS, Table
 
 VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
 DEFAULT_SEQ_LEN = 128  # the papers' context length
@@ -290,126 +288,3 @@ def resolve_vocabulary(config: Config, n_vocab: int) -> None:
             f"model.vocab_size={model.vocab_size} (of which model.vocab_used={model.vocab_used}) cannot hold the "
             f"{n_vocab} ids of data.tokenizer={config.data.tokenizer}. Leave both null, or raise them to {n_vocab}."
         )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-CHOICES: dict[str, Table | tuple[str, ...]] = {
-    "model.norm": NORMS,
-    "model.final_norm": NORMS,
-    "model.act": ACTIVATIONS,
-    "model.loss": LOSSES,
-    "model.placement": ("pre", "none"),
-    "model.positions": ("learned", "rotary"),
-    "model.act_scope": ("per_layer", "global"),
-    "data.source": SOURCES,
-    "data.chunks": ("packed", "original"),
-    "optim.schedule": SCHEDULES,
-    "train.precision": ("auto", "fp32", "bf16", "fp16"),
-    "train.device": ("auto", "cpu", "cuda"),
-    "train.compile": ("auto", "true", "false"),
-    "log.wandb": ("off", "offline", "online"),
-    "nan_policy": ("raise", "skip", "log"),
-}
-
-# key: (lowest, highest, is the lowest itself allowed, is the highest)
-RANGES = {
-    "model.n_layer": (1, 10_000, True, True),
-    "model.n_head": (1, 10_000, True, True),
-    "model.n_embd": (1, 10**6, True, True),
-    "model.n_inner": (1, 10**7, True, True),
-    "model.block_size": (1, 10**7, True, True),
-    "model.vocab_size": (2, 10**7, True, True),
-    "model.vocab_used": (2, 10**7, True, True),
-    "model.norm_eps": (0, 1, False, True),
-    "model.act_slope": (-10, 10, True, True),
-    "model.act_beta": (0, math.inf, False, False),
-    "model.embed_scale": (0, math.inf, False, False),
-    "model.rotary_pct": (0, 1, False, True),
-    "model.rotary_base": (1, math.inf, False, False),
-    "model.dropout.embed": (0, 1, True, False),
-    "model.dropout.attn": (0, 1, True, False),
-    "model.dropout.resid": (0, 1, True, False),
-    "model.init.std": (0, 100, True, True),
-    "data.vocab_size": (257, 10**6, True, True),
-    "data.seq_len": (1, 10**7, True, True),
-    "data.max_documents": (1, math.inf, True, False),
-    "optim.lr": (0, 1e3, False, True),
-    "optim.beta1": (0, 1, True, False),
-    "optim.beta2": (0, 1, True, False),
-    "optim.eps": (0, 1, False, True),
-    "optim.weight_decay": (0, 1e3, True, True),
-    "optim.grad_clip": (0, math.inf, True, False),
-    "optim.warmup_steps": (0, math.inf, True, False),
-    "optim.warmup_fraction": (0, 1, True, True),
-    "optim.lr_final": (0, 1, True, True),
-    "optim.decay_fraction": (0, 1, True, True),
-    "train.max_steps": (1, 10**12, True, True),
-    "train.batch_size": (1, 10**9, True, True),
-    "train.micro_batch_size": (1, 10**9, True, True),
-    "train.eval_every": (0, math.inf, True, False),
-    "train.eval_tokens": (1, math.inf, True, False),
-    "train.checkpoint_every": (0, math.inf, True, False),
-    "train.keep_checkpoints": (1, math.inf, True, False),
-    "train.gpus": (1, 1, True, True),
-    "log.every": (1, math.inf, True, False),
-    "diagnostics.every": (0, math.inf, True, False),
-    "diagnostics.probe_sequences": (0, 10**6, True, True),
-    "seed": (0, 2**63 - 1, True, True),
-}
-
-
-def _value_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong with it), key by key."""
-    values = {name: value for name, value, _ in flat_keys(config)}
-    for name, choices in CHOICES.items():
-        value = values[name]
-        if value is not None and str(value).lower() not in choices:
-            yield name, f"{name}: " + unknown("choice", value, choices)
-    for name, (low, high, low_ok, high_ok) in RANGES.items():
-        value = values[name]
-        if value is None:
-            continue
-        inside = (low <= value if low_ok else low < value) and (value <= high if high_ok else value < high)
-        if not inside or math.isnan(value):
-            bounds = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
-            yield name, f"{name}={value} is outside {bounds}."
-
-
-def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
-    """Rules between keys; one of them that is `bad` by itself is not blamed twice."""
-    model, data, optim, train = config.model, config.data, config.optim, config.train
-
-    def legal(*names: str) -> bool:
-        return not bad.intersection(names)
-
-    if legal("model.n_embd", "model.n_head"):
-        if model.n_embd % model.n_head:
-            yield f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}."
-        elif model.positions == "rotary" and (model.rotary_dim < 2 or model.rotary_dim % 2):
-            yield (
-                f"model.rotary_pct={model.rotary_pct} turns {model.rotary_dim} of the {model.head_dim} dimensions of a "
-                "head; rotary positions need an even number, at least 2."
-            )
-    if data.seq_len is not None and legal("data.seq_len", "model.block_size") and data.seq_len > model.block_size:
-        yield f"data.seq_len={data.seq_len} is longer than model.block_size={model.block_size}."
-    if optim.warmup_steps is not None and legal("train.max_steps") and optim.warmup_steps > train.max_steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} is longer than the run (train.max_steps={train.max_steps})."
-    micro = train.micro_batch_size
-    if micro is not None and legal("train.batch_size", "train.micro_batch_size") and train.batch_size % micro:
-        yield f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={micro}."
-    if model.vocab_size is not None and model.vocab_used is not None and model.vocab_used > model.vocab_size:
-        yield f"model.vocab_used={model.vocab_used} is more than model.vocab_size={model.vocab_size}."
-    if data.source == "files" and data.path is None:
-        yield "data.path is null, but data.source=files needs a file, a folder or a glob."
-    for name in config.diagnostics.statistics:
-        if name not in STATISTICS:
-            yield "diagnostics.statistics: " + unknown("statistic", name, STATISTICS)
-
-
-def validate(config: Config) -> None:
-    """Raise one `UserError` that names every fault of the configuration. Touches no file and no device."""
-    problems = dict(_value_problems(config))
-    messages = [*problems.values(), *_cross_problems(config, set(problems))]
-    if messages:
-        raise UserError("\n".join(messages))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfree.config import Config, DataConfig, ModelConfig, resolve, resolve_vocabulary, validate
+from normfree.config import Config, DataConfig, ModelConfig, resolve, resolve_vocabulary
 from normfree.data.batches import evaluation_rows
 from normfree.data.packing import Corpus, prepare
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_OK, UserError
@@ -30,6 +30,7 @@ from normfree.interop.huggingface import from_hf, is_hf_folder
 from normfree.measure import Measurement, measure_split
 from normfree.model import Transformer
 from normfree.plugins import load_plugin
+from normfree.rules import validate
 from normfree.runs import SITES, RunWriter, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training.evaluation import loss_metrics

@@ -26,7 +26,8 @@ class Table:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._entries:
-            raise UserError(unknown(self.kind, name, self._entries))
+            own = " One of your own comes with its file: --plugin FILE, or normfree.plugins.load_plugin(FILE)."
+            raise UserError(unknown(self.kind, name, self._entries) + own)
         entry = self._entries[name]
         if isinstance(entry, str):
             module, attribute = entry.split(":")

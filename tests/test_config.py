@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 
 from normfree.config import (
-    CHOICES,
-    RANGES,
     Config,
     ModelConfig,
     flat_keys,
@@ -14,10 +12,10 @@ from normfree.config import (
     resolve,
     resolve_vocabulary,
     to_dict,
-    validate,
     weights_differences,
 )
 from normfree.errors import UserError
+from normfree.rules import CHOICES, RANGES, validate
 
 KEYS = {name for name, _, _ in flat_keys(Config())}
 

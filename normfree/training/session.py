@@ -3,6 +3,8 @@
 import contextlib
 import math
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,6 +101,22 @@ def versions() -> dict[str, str]:
     }
 
 
+def provenance() -> dict[str, str | None]:
+    """What was typed, and the commit of this code (`+` where files differ from it); null outside a checkout."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    here = Path(normfree.__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout: installed from elsewhere
+        return {"command": command, "commit": None}
+    return {"command": command, "commit": commit}
+
+
 def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None = None) -> RunResult:
     """Train one run to its end; `config` is validated and resolved, vocabulary included.
 
@@ -145,6 +163,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         compiled=machine.choose_compile(config, device),
         corpus={"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.name},
         versions=versions(),
+        **provenance(),
         plugins=plugins,
     )
     console.print(
