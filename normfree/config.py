@@ -8,6 +8,7 @@ resumed run must agree with its checkpoint on all of them (`max_steps` aside, wh
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ class DropoutConfig:
 class InitConfig:
     """Distribution of the initial weights; `normfree.model.init.init_weights` has the table."""
 
-    std: float = key(0.02, "standard deviation of every matrix and embedding")
+    std: float | None = key(None, "standard deviation of matrices and embeddings; null: sqrt(2 / (5 n_embd))")
     depth_scaled: bool = key(True, "divide the std of matrices that write to the residual stream by sqrt(2 n_layer)")
 
 
@@ -117,7 +118,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = key(1e-3, "peak learning rate")
+    lr: float = key(2e-3, "peak learning rate")
     beta1: float = key(0.9, "decay of the first moment")
     beta2: float = key(0.95, "decay of the second moment")
     eps: float = key(1e-8, "AdamW's epsilon")
@@ -136,11 +137,11 @@ class TrainConfig:
     """Length, batch, and how the numbers are computed."""
 
     max_steps: int = key(500, "optimizer steps")
-    batch_size: int = key(32, "sequences an optimizer step")
+    batch_size: int = key(16, "sequences an optimizer step")
     micro_batch_size: int | None = key(None, "sequences a forward pass; null: batch_size (no accumulation)")
     precision: str = key("auto", "fp32, bf16, fp16 (with loss scaling), or auto: bf16 on CUDA, else fp32")
     eval_every: int = key(100, "steps between evaluations; 0: only at the end", weights=False)
-    eval_tokens: int = key(65536, "validation tokens of an evaluation, always the same ones", weights=False)
+    eval_tokens: int = key(32768, "validation tokens of an evaluation, always the same ones", weights=False)
     checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end", weights=False)
     keep_checkpoints: int = key(2, "newest checkpoints to keep", weights=False)
     compile: bool | str = key("auto", "auto: where CUDA, Triton and a C compiler are; true; false", weights=False)
@@ -259,6 +260,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         model.n_inner = 4 * model.n_embd
     if model.final_norm is None:
         model.final_norm = "layernorm" if model.norm == "none" else model.norm
+    if model.init.std is None:
+        model.init.std = math.sqrt(2 / (5 * model.n_embd))
     return model
 
 

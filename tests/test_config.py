@@ -51,7 +51,7 @@ def test_the_defaults_are_valid():
         ("model.n_embd", 97, "model.n_head=4"),
         ("optim.warmup_steps", 501, "train.max_steps=500"),
         ("data.seq_len", 512, "model.block_size=256"),
-        ("train.micro_batch_size", 5, "train.batch_size=32"),
+        ("train.micro_batch_size", 5, "train.batch_size=16"),
         ("model.dropout.attn", 1.0, "[0, 1)"),
         ("nan_policy", "ignore", "raise"),
         ("data.source", "files", "data.path"),
@@ -108,7 +108,7 @@ def test_resolve_fills_what_follows_and_leaves_its_argument_alone():
         4 * 96,
         128,
         50,
-        32,
+        16,
     )
 
 
@@ -128,4 +128,10 @@ def test_vocabulary():
 
 def test_differences_are_of_keys_that_change_the_weights():
     ours = changed(**{"optim.lr": 0.5, "log.every": 7, "seed": 9})
-    assert weights_differences(ours, Config()) == ["seed: 9, not 1", "optim.lr: 0.5, not 0.001"]
+    assert weights_differences(ours, Config()) == ["seed: 9, not 1", "optim.lr: 0.5, not 0.002"]
+
+
+@pytest.mark.parametrize(("width", "std"), [(768, 0.0228), (96, 0.0645)])
+def test_initial_values_follow_the_width_unless_given(width, std):
+    assert resolve(changed(**{"model.n_embd": width})).model.init.std == pytest.approx(std, rel=1e-2)
+    assert resolve(changed(**{"model.n_embd": width, "model.init.std": 0.02})).model.init.std == 0.02

@@ -35,6 +35,10 @@ def init_weights(model: "Transformer", seed: int) -> None:
     | biases                                     | 0                                                         |
     | gains and biases of norms, learned slopes  | as their class sets them (1, 0, act_slope)                |
 
+    std is `init.std`; by default sqrt(2 / (5 n_embd)), "small init" (Nguyen and Salazar, arXiv:1910.05895), as in
+    Pythia: .023 at GPT-2's width of 768, where GPT-2 has .02. With .02 a narrow norm-free model starts as so near an
+    identity that it does not learn.
+
     Values are drawn per tensor name from (seed, name), so two variants start with the same bits in every tensor that
     they share.
     """
@@ -43,6 +47,7 @@ def init_weights(model: "Transformer", seed: int) -> None:
         if not isinstance(module, nn.Linear | nn.Embedding | QKVLinear):
             continue
         std = config.init.std
+        assert std is not None, "Transformer resolves its configuration"
         if config.init.depth_scaled and name.endswith(RESIDUAL_WRITERS):
             std /= math.sqrt(2 * config.n_layer)
         for suffix, parameter in module.named_parameters(recurse=False):

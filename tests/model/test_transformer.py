@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normfree.config import BiasConfig, DropoutConfig, ModelConfig
+from normfree.config import BiasConfig, DropoutConfig, InitConfig, ModelConfig
 from normfree.errors import UserError
 from normfree.model import InnerAttention, Transformer, init_weights
 from normfree.model.attention import Rotary
 from normfree.model.losses import IGNORED
 
-SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 40}
+SHAPE = {"init": InitConfig(std=0.02), "n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 40}
 PYTHIA = {"positions": "rotary", "rotary_pct": 0.5, "parallel_residual": True, "tie_embeddings": False}
 VARIANTS = {
     "gpt2": {},

@@ -20,7 +20,7 @@ def test_learns(train_tiny):
     run = train_tiny(**{"train.max_steps": 60, "model.norm": "none", "model.act": "relu", "train.eval_every": 0})
     losses = run.metrics["val/loss"].dropna()
     train = run.metrics["train/loss"].dropna()
-    assert train.iloc[0] == pytest.approx(math.log(257), abs=0.1), "an untrained model knows nothing"
+    assert train.iloc[0] == pytest.approx(math.log(257), abs=0.3), "an untrained model knows nothing"
     assert losses.iloc[-1] < train.iloc[0] - 2
     assert run.metrics["val/perplexity"].dropna().iloc[-1] == pytest.approx(math.exp(losses.iloc[-1]))
 
