@@ -30,7 +30,7 @@ from normfree.config import (
     resolve,
     resolve_vocabulary,
 )
-from normfree.errors import EXIT_CONFIG, EXIT_OK, UserError, unknown
+from normfree.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError, unknown
 from normfree.plugins import load_plugin
 from normfree.rules import CHOICES, validate
 
@@ -308,4 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         _job()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_CONFIG
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return _sweep_summary(folder) if multirun else EXIT_OK

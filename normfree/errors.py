@@ -9,6 +9,8 @@ EXIT_DATA = 65  # the text or the tokenizer is wrong
 EXIT_CHECKPOINT = 66  # a checkpoint is missing or damaged
 EXIT_DIRECTORY = 73  # the run directory cannot be used
 EXIT_DIVERGED = 75  # training met a loss or gradient that is not finite
+EXIT_MEMORY = 77  # the device has too little memory
+EXIT_INTERRUPTED = 130  # Ctrl-C
 
 
 class UserError(Exception):

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 
 from normfree import cli
 from normfree.config import Config, flat_keys
-from normfree.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIRECTORY, EXIT_DIVERGED
+from normfree.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_INTERRUPTED
 from normfree.runs import load_run
 
 ROOT = Path(cli.__file__).parent.parent
@@ -120,6 +120,20 @@ def test_an_extended_run_equals_one_of_that_length(command):
     assert cli.main(["resume=short", "train.max_steps=4"]) == 0
     one, two = (load_run(name).checkpoints[-1][1] / "model.safetensors" for name in ("long", "short"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_interrupted_command_goes_on(command, capfd, monkeypatch):
+    from normfree.training.loop import Trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command("run_dir=r", steps=2) == EXIT_INTERRUPTED
+    error = capfd.readouterr().err
+    assert "goes on" in error
+    assert "Traceback" not in error
+    assert load_run("r").status["status"] == "interrupted"
+    assert command("run_dir=r", steps=2) == 0
+    assert load_run("r").status["status"] == "finished"
 
 
 def test_a_sweep_keeps_going(command, capfd):

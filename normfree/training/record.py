@@ -27,8 +27,11 @@ class Packed:
 class Record:
     """Writes settled steps to the run directory and its views."""
 
-    def __init__(self, config: Config, recorder: Recorder, writer: RunWriter, views: Views, n_slopes: int) -> None:
+    def __init__(
+        self, config: Config, recorder: Recorder, writer: RunWriter, views: Views, probe_sequences: int, n_slopes: int
+    ) -> None:
         self.config = config
+        self.probe_sequences = probe_sequences
         self.recorder = recorder
         self.writer = writer
         self.views = views
@@ -67,7 +70,7 @@ class Record:
             if step % self.config.log.every == 0 or packed.train:
                 self._write_scalars(step, head, packed.lr)
         if packed.probe:
-            self.write_arrays(step, rest[: self.recorder.size()], "probe_", self.config.diagnostics.probe_sequences)
+            self.write_arrays(step, rest[: self.recorder.size()], "probe_", self.probe_sequences)
             rest = rest[self.recorder.size() :]
         if packed.train:
             self.write_arrays(step, rest[: self.recorder.size()], "", self.config.train.batch_size)

@@ -23,7 +23,7 @@ from normfree import heads
 from normfree.config import Config, weights_differences, weights_hash
 from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
-from normfree.errors import EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_OK, UserError
+from normfree.errors import EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
 from normfree.runs import Run, RunWriter, is_run, load_run, norm_label, truncate
 from normfree.training import checkpoint as ckpt
@@ -34,6 +34,7 @@ from normfree.training.record import Record
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
+REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,12 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     ceiling = heads.entropy_ceiling(config.data.seq_len or 1)
     views = Views(run_dir, config, ceiling, start)
     slopes = trainer.model.slopes()
-    record = Record(config, trainer.recorder, writer, views, 0 if slopes is None else slopes.numel())
+    n_slopes = 0 if slopes is None else slopes.numel()
+    record = Record(config, trainer.recorder, writer, views, len(trainer.probe_idx), n_slopes)
+    seconds = 0.2 if sys.stderr.isatty() else 60  # a log file gets a line a minute
     try:
         with tqdm(
-            total=config.train.max_steps, initial=start, unit="step", disable=None, file=sys.stderr, dynamic_ncols=True
+            total=config.train.max_steps, initial=start, unit="step", mininterval=seconds, dynamic_ncols=True
         ) as bar:
             trainer.fit(start, record, bar)
         return _finish(trainer, record, console)
@@ -186,6 +189,13 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
         console.print(f"[bold red]diverged[/] at {error}")
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
+    except torch.OutOfMemoryError as error:
+        writer.status(status="failed", reason=str(error))
+        raise UserError(
+            f"out of memory on {device.type}: {error}\nLower train.micro_batch_size={config.train.micro_batch_size} "
+            "(train.batch_size may stay: the gradients are accumulated) or data.seq_len.",
+            EXIT_MEMORY,
+        ) from error
     except BaseException as error:
         writer.status(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=repr(error))
         raise
@@ -224,11 +234,13 @@ def _finish(trainer: Trainer, record: Record, console: Console) -> RunResult:
     console.print(text, markup=False, highlight=False)
     for warning in run.status["warnings"]:
         console.print(f"[yellow]warning[/] {warning}")
+    if trainer.device.type == "cpu":
+        console.print(f"The real thing, on a GPU: [bold]{REAL_THING}[/]")
     return RunResult("finished", EXIT_OK, trainer.last_val, trainer.run_dir)
 
 
 def _sample(trainer: Trainer) -> str:
-    """One greedy-ish continuation; under nan_policy=log the weights may be past sampling from, and that is said."""
+    """One continuation of the prompt; under nan_policy=log the weights may be past sampling from, and that is said."""
     config = trainer.config
     try:
         return complete(
