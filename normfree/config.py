@@ -17,6 +17,7 @@ from normfree.errors import UserError, unknown
 
 VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
 DEFAULT_SEQ_LEN = 128  # the papers' context length
+IGNORED = -100  # a target that takes no part in the loss
 
 
 def key(default: Any, help: str, *, weights: bool = True) -> Any:

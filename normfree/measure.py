@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from normfree.config import IGNORED
 from normfree.diagnostics import Observation, Recorder, Statistic
 from normfree.model import Transformer
-from normfree.model.losses import IGNORED, head_logits
+from normfree.model.losses import head_logits
 from normfree.tables import STATISTICS
 from normfree.training.evaluation import device_batches
 from normfree.training.machine import autocast

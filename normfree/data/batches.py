@@ -6,9 +6,9 @@ permutation that is computed for the wanted positions only, so that a corpus of 
 
 import numpy as np
 
+from normfree.config import IGNORED
 from normfree.errors import EXIT_DATA, UserError
 
-IGNORED = -100  # target of a position that has no next token
 ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a target that takes no part in the loss
+from normfree.config import IGNORED
+
 CHUNK_LOGITS = 1 << 21  # logits held at a time on the CPU: 8 MiB, which stay in the cache
 
 

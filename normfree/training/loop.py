@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from normfree.config import Config
+from normfree.config import IGNORED, Config
 from normfree.data.batches import Batches, evaluation_rows
 from normfree.data.packing import Corpus
 from normfree.diagnostics import Recorder
 from normfree.model import Transformer, init_weights
-from normfree.model.losses import IGNORED
 from normfree.runs import SITES
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults, machine
