@@ -88,7 +88,6 @@ def test_the_norm_and_the_statistic_do_what_they_say() -> None:
     recorded = recorder.unpack(recorder.stop())["resid_rms"]
     for out in seen["norm"]:
         assert out.abs().amax(-1) == pytest.approx(1, abs=0.01)
-    assert recorded == pytest.approx(np.array([out.numpy().std() for out in seen["block"]]), rel=0.05)
     assert recorded == pytest.approx(np.array([(out.numpy() ** 2).mean() ** 0.5 for out in seen["block"]]))
 
 
