@@ -34,22 +34,40 @@ WORDS = [
 ]
 
 
+APART = ("gpu", "browser", "soak")  # what a plain `pytest` leaves out; `pytest -m gpu -n 0` runs it
+_left_out = pytest.StashKey[dict[str, list[str]]]()  # mark -> test files, one entry a test
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_left_out] = {}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what this machine or a normal run leaves out, and say so."""
     if config.getoption("markexpr"):
         return
-    apart = [item for item in items if any(item.get_closest_marker(m) for m in ("gpu", "browser", "soak"))]
-    items[:] = [item for item in items if item not in apart]
-    config.hook.pytest_deselected(items=apart)
-    config.stash[_apart] = [item.nodeid for item in apart]
+    for mark in APART:
+        apart = [item for item in items if item.get_closest_marker(mark)]
+        items[:] = [item for item in items if item not in apart]
+        config.hook.pytest_deselected(items=apart)
+        if apart:
+            config.stash[_left_out][mark] = [item.nodeid.partition("::")[0] for item in apart]
 
 
-_apart = pytest.StashKey[list[str]]()
+# Under `-n 2` only the workers collect: each hands on what it left out, and every worker's list is the same.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[_left_out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_left_out].update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for name in config.stash.get(_apart, []):
-        terminalreporter.write_line(f"deselected: {name}")
+    for mark, files in config.stash[_left_out].items():
+        where = ", ".join(sorted(set(files)))
+        terminalreporter.write_line(f"deselected: {len(files)} {mark} tests (pytest -m {mark} -n 0): {where}")
 
 
 @pytest.fixture(scope="session")
