@@ -2,7 +2,8 @@
 
     python run.py model=normfree act=relu
     python run.py -m model=gpt2,normfree act=gelu,relu seed=1,2,3
-    python run.py --help
+
+Every key, its default and what it does: `python run.py --help`.
 """
 
 import sys
