@@ -6,6 +6,7 @@ The only file besides run.py that knows Hydra. A user's mistake ends here as one
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -30,14 +31,17 @@ from normfree.config import (
     resolve,
     resolve_vocabulary,
 )
-from normfree.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError, unknown
+from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError, unknown
 from normfree.plugins import load_plugin
 from normfree.rules import CHOICES, validate
+from normfree.runs import is_checkpoint, is_run
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PLUGINS_VARIABLE = "NORMFREE_PLUGINS"  # how `--plugin` reaches the processes of a parallel sweep
 KEYS = {name: weights for name, _, weights in flat_keys(Config())}
 SECTIONS = {name[: m.start()] for name in KEYS for m in re.finditer(r"\.", name)}
+
+OPTIONAL = ("norm", "act", "experiment")  # groups that null leaves to the family
 
 _plugins: dict[str, dict[str, str]] = {}
 
@@ -71,18 +75,24 @@ def unknown_key(name: str, known: list[str]) -> str:
 
 def _override_problems(override: Override) -> Iterator[str]:
     name = override.key_or_group
-    if name.split(".")[0].split("/")[0] == "hydra" or override.is_delete():
+    if name.split(".")[0].split("/")[0] == "hydra":
+        return
+    if override.is_add() or override.is_delete() or override.package is not None:
+        yield f"{override.input_line}: keys are neither added nor removed here; write key=value."
         return
     choices = groups()
     if name in choices:
         for value in _values(override):
-            if value is not None and str(value) not in choices[name]:
+            if not (value is None and name in OPTIONAL) and str(value) not in choices[name]:
                 own = f" Your own is typed model.{name}={value}." if value in CHOICES.get(f"model.{name}", ()) else ""
                 yield f"{name}={value}: " + unknown(name, value, choices[name]) + own
     elif name not in KEYS and name not in SECTIONS:
         yield unknown_key(name, [*KEYS, *choices])
     else:
         for value in _values(override):
+            if isinstance(value, str) and ("${" in value or value == "???"):
+                yield f"{name}={value}: write the value itself."
+                continue
             try:
                 OmegaConf.update(OmegaConf.structured(Config), name, value)
             except OmegaConfBaseException as error:
@@ -154,6 +164,13 @@ def run_config(config: Config) -> Any:
     validate(config)
     config = resolve(config)
     validate(config)
+    # What can be seen in a second is refused before text is tokenised, which can take hours.
+    if config.init_from is not None and not (is_run(config.init_from) or is_checkpoint(config.init_from)):
+        raise UserError(f"init_from={config.init_from} is neither a run directory nor a checkpoint.", EXIT_CHECKPOINT)
+    if config.train.device == "cuda":
+        from normfree.training.machine import choose_device
+
+        choose_device(config)
     from normfree.data.packing import prepare
 
     corpus = prepare(config.data, lambda text: print(text, file=sys.stderr))
@@ -266,7 +283,7 @@ def _sweep_summary(folder: Path) -> int:
         loss = "-" if job["metric"] is None or job["metric"] != job["metric"] else f"{job['metric']:.4f}"
         swept = " ".join(word for word in job["overrides"] if word not in common)
         table.add_row(str(number), job["status"], loss, swept, job["run_dir"] or job.get("reason", "-"))
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False).print(table)
     return next((job["exit_code"] for _, job in sorted(jobs.items()) if job["exit_code"]), EXIT_OK)
 
 
@@ -286,6 +303,7 @@ def print_help() -> None:
 def main(argv: list[str] | None = None) -> int:
     """`python run.py ...`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ["NORMFREE_COMMAND"] = shlex.join(["python", "run.py", *argv])
     if "--help" in argv or "-h" in argv:
         print_help()
         return EXIT_OK

@@ -130,7 +130,7 @@ class OptimConfig:
     warmup_steps: int | None = key(None, "linear warm-up; null: warmup_fraction of the run")
     warmup_fraction: float = key(0.1, "warm-up as a share of max_steps, where warmup_steps is null")
     lr_final: float = key(0.0, "learning rate at the end, as a share of the peak")
-    decay_fraction: float = key(0.2, "schedule=wsd: share of max_steps in the final decay")
+    decay_fraction: float = key(0.2, "schedule=wsd: share of the steps after warm-up in the final decay")
 
 
 @dataclass

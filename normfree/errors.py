@@ -24,6 +24,6 @@ class UserError(Exception):
 def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
     """Say that `value` is no `kind`, what there is, and which of it was probably meant."""
     names = sorted(choices)
-    close = get_close_matches(str(value), names, n=1)
+    close = get_close_matches(str(value).lower(), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {value!r}.{hint} Choose from: {', '.join(names)}."

@@ -31,7 +31,7 @@ from normfree.measure import Measurement, measure_split
 from normfree.model import Transformer
 from normfree.plugins import load_plugin
 from normfree.rules import validate
-from normfree.runs import SITES, RunWriter, is_run, load_run, norm_label
+from normfree.runs import SITES, RunWriter, is_checkpoint, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training.evaluation import loss_metrics
 from normfree.training.machine import DTYPES
@@ -54,7 +54,7 @@ class Subject:
 
 def load_subject(path: Path, tokenizer: str | None) -> Subject:
     """Read a run (its newest good checkpoint), a checkpoint or a Hugging Face folder."""
-    if is_run(path) or (path / ckpt.MANIFEST).is_file():
+    if is_run(path) or is_checkpoint(path):
         if tokenizer is not None:
             raise UserError("--tokenizer is for a Hugging Face folder; a run has its own.")
         return _of_checkpoint(ckpt.find_checkpoint(path).resolve())

@@ -77,14 +77,16 @@ def _value_problems(config: Config) -> Iterator[tuple[str, str]]:
     values = {name: value for name, value, _ in flat_keys(config)}
     for name, choices in CHOICES.items():
         value = values[name]
-        if value is not None and str(value).lower() not in choices:
+        text = str(value).lower() if isinstance(value, bool) else value  # train.compile=true is a bool
+        if value is not None and text not in choices:
             yield name, f"{name}: " + unknown("choice", value, choices)
     for name, (low, high, low_ok, high_ok) in RANGES.items():
         value = values[name]
         if value is None:
             continue
+        # NaN is inside nothing.
         inside = (low <= value if low_ok else low < value) and (value <= high if high_ok else value < high)
-        if not inside or math.isnan(value):
+        if not inside:
             bounds = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
             yield name, f"{name}={value} is outside {bounds}."
 
@@ -99,7 +101,9 @@ def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
     if legal("model.n_embd", "model.n_head"):
         if model.n_embd % model.n_head:
             yield f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}."
-        elif model.positions == "rotary" and (model.rotary_dim < 2 or model.rotary_dim % 2):
+        elif (
+            model.positions == "rotary" and legal("model.rotary_pct") and (model.rotary_dim < 2 or model.rotary_dim % 2)
+        ):
             yield (
                 f"model.rotary_pct={model.rotary_pct} turns {model.rotary_dim} of the {model.head_dim} dimensions of a "
                 "head; rotary positions need an even number, at least 2."
@@ -113,6 +117,10 @@ def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
         yield f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={micro}."
     if model.vocab_size is not None and model.vocab_used is not None and model.vocab_used > model.vocab_size:
         yield f"model.vocab_used={model.vocab_used} is more than model.vocab_size={model.vocab_size}."
+    if data.chunks == "original" and data.seq_len == 1:
+        yield "data.chunks=original: a chunk of data.seq_len=1 token has nothing to predict."
+    if config.name is not None and ("/" in config.name or config.name.startswith(".")):
+        yield f"name={config.name!r} becomes a folder under runs/: no '/', and no '.' at the start."
     if data.source == "files" and data.path is None:
         yield "data.path is null, but data.source=files needs a file, a folder or a glob."
     for name in config.diagnostics.statistics:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"  # what a checkpoint directory has and a run directory has not
 SITES = ("block", "attn", "mlp", "attn_probs")  # where NaN and Inf are counted, in execution order from the output back
 TIMES = ("seconds", "tokens_per_second")  # the only scalars that two runs of the same bits may differ in
 
@@ -115,9 +116,14 @@ class RunWriter:
             path = self.directory / "arrays" / f"{name}.json"
             if not path.exists():
                 write_atomically(path, json.dumps(dataclasses.asdict(info)) + "\n")
+            self._infos[name] = _read_info(path)
             self._arrays[name] = open(path.with_suffix(".bin"), "ab")  # noqa: SIM115
-            self._infos[name] = info
-        assert info == self._infos[name], f"array {name} changed: {self._infos[name]} then {info}"
+        if info != self._infos[name]:
+            raise UserError(
+                f"the record of {name!r} in {self.directory} has {self._infos[name]}, and now would get {info}: "
+                "a statistic changed since the run began. Start a new run.",
+                EXIT_DIRECTORY,
+            )
         record = np.zeros((), info.record)
         record["step"], record["value"] = step, value
         self._arrays[name].write(record.tobytes())
@@ -132,12 +138,17 @@ def truncate(directory: Path, step: int) -> None:
     """Drop every record of `step` and after, and torn ones: what a run resumed at that checkpoint writes again."""
     metrics = directory / "metrics.jsonl"
     if metrics.exists():
-        kept = [row for row in _read_lines(metrics) if row["step"] < step]
-        write_atomically(metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        rows = [row for row in _read_lines(metrics) if row["step"] < step]
+        write_atomically(metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     for path in sorted((directory / "arrays").glob("*.bin")):
         records = _read_records(path)
+        kept = records[records["step"] < step]
+        if not len(kept):  # as if it had never been recorded
+            path.with_suffix(".json").unlink()
+            path.unlink()
+            continue
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        records[records["step"] < step].tofile(temporary)
+        kept.tofile(temporary)
         temporary.replace(path)
 
 
@@ -183,7 +194,14 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
-        return from_dict(yaml.safe_load((self.directory / "config.yaml").read_text(encoding="utf-8")))
+        path = self.directory / "config.yaml"
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path} cannot be read: {error}", EXIT_DIRECTORY) from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds no configuration.", EXIT_DIRECTORY)
+        return from_dict(values)
 
     @property
     def name(self) -> str:
@@ -297,12 +315,21 @@ class Run:
 
 
 def is_run(directory: str | Path) -> bool:
-    return (Path(directory) / "config.yaml").is_file()
+    """Whether this is a run directory; a checkpoint, which holds a copy of its configuration, is none."""
+    return (Path(directory) / "config.yaml").is_file() and not is_checkpoint(directory)
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    return (Path(directory) / MANIFEST).is_file()
 
 
 def load_run(directory: str | Path) -> Run:
-    """Open a run directory (or one of its checkpoints' parents) for reading."""
+    """Open a run directory for reading."""
     directory = Path(directory)
+    if is_checkpoint(directory):
+        raise UserError(
+            f"{directory} is a checkpoint; name the run it belongs to: {directory.parent.parent}.", EXIT_DIRECTORY
+        )
     if not is_run(directory):
         raise UserError(
             f"{directory} is no run directory: it has no config.yaml. A run is what `python run.py` wrote, "

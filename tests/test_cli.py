@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from normfree import cli
-from normfree.config import Config, flat_keys
+from normfree.config import Config, flat_keys, resolve
 from normfree.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_INTERRUPTED
+from normfree.rules import validate
 from normfree.runs import load_run
 
 ROOT = Path(cli.__file__).parent.parent
@@ -48,6 +49,12 @@ def written() -> list[str]:
         (["model.n_hed=3"], EXIT_CONFIG, ["model.n_hed", "'model.n_head'"]),
         (["optim.lr=fast"], EXIT_CONFIG, ["optim.lr", "Float"]),
         (["+model.new=1"], EXIT_CONFIG, ["model.new"]),
+        (["~model.norm"], EXIT_CONFIG, ["~model.norm"]),
+        (["model=null"], EXIT_CONFIG, ["model"]),
+        (["optim.lr=${nope}"], EXIT_CONFIG, ["nope"]),
+        (["nan_policy=RAISE"], EXIT_CONFIG, ["nan_policy", "'raise'"]),
+        (["run_dir=/dev/null"], EXIT_DIRECTORY, ["run_dir=/dev/null"]),
+        (["model.n_embd=1000000", "model.n_layer=64"], 77, ["out of memory", "train.micro_batch_size"]),
         (["optim.lr"], EXIT_CONFIG, ["optim.lr"]),
         (["act=relu", "optim.lr=0", "model.n_embd=17"], EXIT_CONFIG, ["optim.lr=0", "model.n_embd=17", "n_head=2"]),
         (["optim.lr=nan"], EXIT_CONFIG, ["optim.lr=nan"]),
@@ -98,7 +105,9 @@ def test_the_main_command_from_another_folder(text_folder, tmp_path, cache_dir):
     assert run_dir.name.startswith("normfree-nano-none-relu-")
     assert run_dir.name.endswith("-s1")
     assert "no block norms, final norm kept" in done.stderr
-    assert load_run(run_dir).status["status"] == "finished"
+    status = load_run(run_dir).status
+    assert status["status"] == "finished"
+    assert status["command"].startswith("python run.py model=normfree act=relu")
 
 
 def test_resume_extends_and_refuses_what_changes_the_weights(command, capfd):
@@ -198,7 +207,7 @@ def test_typed_choices_win_over_a_preset(composed):
 
 
 CHOICES = [(group, name) for group, names in sorted(cli.groups().items()) for name in names]
-TRAINED = [c for c in CHOICES if c[0] not in ("data", "size")]
+TRAINED = [c for c in CHOICES if c[0] not in ("data", "size")]  # every size is built, on meta, in tests/model
 
 
 def test_all_groups_are_there():
@@ -206,8 +215,17 @@ def test_all_groups_are_there():
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
-def test_every_file_composes(composed, group, name):
-    cli.OmegaConf.to_object(composed(f"{group}={name}"))
+def test_every_file_composes_to_valid_settings(composed, group, name):
+    config = cli.OmegaConf.to_object(composed(f"{group}={name}", "data.path=x"))
+    validate(config)
+    validate(resolve(config))
+
+
+@pytest.mark.parametrize("source", ["python_stdlib", "python_environment"])
+def test_the_built_in_texts_train(source, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    words = ["data.tokenizer=bytes", "data.max_documents=40", *SMALL, "train.max_steps=1"]
+    assert cli.main([f"data={source}", *words]) == 0
 
 
 @pytest.mark.parametrize(("group", "name"), TRAINED)

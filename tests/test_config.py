@@ -135,3 +135,29 @@ def test_differences_are_of_keys_that_change_the_weights():
 def test_initial_values_follow_the_width_unless_given(width, std):
     assert resolve(changed(**{"model.n_embd": width})).model.init.std == pytest.approx(std, rel=1e-2)
     assert resolve(changed(**{"model.n_embd": width, "model.init.std": 0.02})).model.init.std == 0.02
+
+
+@pytest.mark.parametrize("key", [key for key in CHOICES if key not in ("model.final_norm", "train.compile")])
+def test_choices_are_spelled_exactly(key):
+    """A choice in capitals that passed would be taken for none of the choices further down."""
+    value = next(iter(CHOICES[key])).upper()
+    with pytest.raises(UserError, match=key):
+        validate(changed(**{key: value}))
+
+
+@pytest.mark.parametrize("value", [True, False, "auto", "true"])
+def test_compile_takes_yaml_booleans(value):
+    validate(changed(**{"train.compile": value}))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"model.positions": "rotary", "model.rotary_pct": float("nan")},
+        {"data.chunks": "original", "data.seq_len": 1},
+        {"name": "../elsewhere"},
+    ],
+)
+def test_further_faults_are_messages(bad):
+    with pytest.raises(UserError):
+        validate(changed(**bad))

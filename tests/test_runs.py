@@ -65,8 +65,11 @@ def test_truncate_drops_a_step_and_what_follows(written):
 def test_an_array_keeps_its_shape(tmp_path):
     writer = RunWriter(tmp_path / "run")
     writer.array("x", 0, np.zeros(2), ("layer",), "")
-    with pytest.raises(AssertionError, match="changed"):
+    with pytest.raises(UserError, match="changed"):
         writer.array("x", 1, np.zeros(3), ("layer",), "")
+    writer.close()
+    with pytest.raises(UserError, match="changed"):  # nor in the process that resumes
+        RunWriter(tmp_path / "run").array("x", 1, np.zeros(3), ("layer",), "")
 
 
 def test_rows_of_one_step_are_merged(tmp_path):

@@ -45,7 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             right = logits.gather(1, index) - top
             exp = logits.sub_(top).exp_()
             normalizer = exp.sum(-1, keepdim=True)
-            total += ((normalizer.log() - right) * kept).sum()
+            total += torch.where(kept, normalizer.log() - right, 0.0).sum()
             if grad_weight is not None:
                 grad = exp.mul_(kept / normalizer)  # softmax, then minus one-hot: the gradient of each row's loss
                 grad.scatter_add_(1, index, -kept.to(grad.dtype))
@@ -73,6 +73,8 @@ class CrossEntropy:
         count = (targets != IGNORED).sum()
         flat = hidden.flatten(0, -2)  # (B T, C)
         if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            if not torch.is_grad_enabled():  # which the function could not tell: nothing asks for gradients then
+                flat, weight = flat.detach(), weight.detach()
             return LossOutput(_ChunkedCrossEntropy.apply(flat, weight, targets.flatten(), vocab_used), count)
         logits = head_logits(flat, weight, vocab_used)
         loss = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")

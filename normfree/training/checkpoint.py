@@ -21,9 +21,7 @@ from torch import Tensor
 from normfree.config import Config, from_dict, to_dict
 from normfree.errors import EXIT_CHECKPOINT, UserError
 from normfree.model import Transformer
-from normfree.runs import checkpoint_name, is_run, load_run
-
-MANIFEST = "MANIFEST.json"
+from normfree.runs import MANIFEST, checkpoint_name, is_checkpoint, is_run, load_run
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -44,17 +42,18 @@ def save_checkpoint(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Tensor],
-) -> Path:
-    """Write `checkpoints/step-<step>`; it exists whole or not at all."""
+) -> bool:
+    """Write `checkpoints/step-<step>`; it exists whole or not at all. Returns whether all it holds is finite."""
     target = run_dir / "checkpoints" / checkpoint_name(step)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {name: t.cpu().contiguous() for name, t in model_tensors(model).items()}
-    finite = all(bool(t.isfinite().all()) for t in tensors.values())
+    moments = {name: t.detach().cpu().contiguous() for name, t in optimizer_tensors(model, optimizer).items()}
+    finite = all(bool(t.isfinite().all()) for t in (*tensors.values(), *moments.values()))
     save_file(tensors, temporary / "model.safetensors")
-    moments = optimizer_tensors(model, optimizer) | {f"extra/{name}": t for name, t in extra.items()}
-    save_file({name: t.detach().cpu().contiguous() for name, t in moments.items()}, temporary / "optimizer.safetensors")
+    moments |= {f"extra/{name}": t.cpu() for name, t in extra.items()}
+    save_file(moments, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "finite": finite}) + "\n")
     (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(temporary.iterdir())}
@@ -66,7 +65,7 @@ def save_checkpoint(
         shutil.rmtree(target)
     temporary.rename(target)
     _fsync(target.parent)
-    return target
+    return finite
 
 
 def _fsync(path: Path) -> None:
@@ -96,28 +95,29 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def good_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of checkpoints that verify and hold finite weights, newest first."""
-    found = []
+def newest_good(run_dir: Path, finite: bool = True) -> tuple[int, Path] | None:
+    """(step, directory) of the newest checkpoint that verifies and, if `finite`, holds no NaN or Inf."""
     for step, path in reversed(load_run(run_dir).checkpoints):
         try:
             state = verify(path)
         except UserError:
             continue  # a damaged checkpoint is passed over here; naming it explicitly is an error
-        if state["finite"]:
-            found.append((step, path))
-    return found
+        if state["finite"] or not finite:
+            return step, path
+    return None
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and never the newest good one."""
+    """Delete all but the newest `keep` checkpoints, never the newest good one; and what killed writers left."""
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
     checkpoints = load_run(run_dir).checkpoints
     old = checkpoints[: max(0, len(checkpoints) - keep)]
     if not old:
         return
-    good = good_checkpoints(run_dir)[:1]
+    good = newest_good(run_dir)
     for step, path in old:
-        if (step, path) not in good:
+        if (step, path) != good:
             shutil.rmtree(path)
 
 
@@ -167,13 +167,13 @@ def load_training_state(
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest good one of a run directory. Verified."""
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         verify(path)
         return path
     if is_run(path):
-        good = good_checkpoints(path)
-        if good:
-            return good[0][1]
+        good = newest_good(path)
+        if good is not None:
+            return good[1]
         raise UserError(f"run {path} has no checkpoint that is whole and finite.", EXIT_CHECKPOINT)
     raise UserError(f"{path} is neither a run directory nor a checkpoint.", EXIT_CHECKPOINT)
 

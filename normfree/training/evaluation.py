@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.config import IGNORED
+from normfree.data.tokenizer import Tokenizer
 from normfree.model import Transformer
 from normfree.training.machine import autocast
 
@@ -33,6 +35,14 @@ def evaluate_loss(model: Transformer, rows: np.ndarray, batch_size: int, precisi
         count += out.count
     model.train(training)
     return float(total / count)
+
+
+def bytes_per_token(rows: np.ndarray, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes of text a target of `rows` (N, T + 1) stands for on average; end-of-text stands for none."""
+    targets = rows[:, 1:]
+    targets = targets[targets != IGNORED]
+    text = tokenizer.decode(targets[targets != tokenizer.end_of_text])
+    return len(text.encode("utf-8", errors="replace")) / len(targets)
 
 
 def loss_metrics(loss: float, bytes_per_token: float) -> dict[str, float]:

@@ -65,16 +65,20 @@ class LossScaler:
             torch._foreach_mul_(grads, 1.0 / self.scale)
 
     def overflowed(self, grads_finite: Tensor) -> Tensor:
-        """Whether this step's gradients overflowed; moves the scale."""
+        """Whether this step's gradients overflowed because of the scale; moves the scale.
+
+        At a scale of 1 there is nothing left to blame: non-finite gradients are then a bad step like any other.
+        """
         if not self.enabled:
             return torch.zeros_like(grads_finite)
+        overflow = ~grads_finite & (self.scale > 1)
         self.good_steps.copy_(torch.where(grads_finite, self.good_steps + 1, 0))
-        self.skipped.add_(~grads_finite)
+        self.skipped.add_(overflow)
         grow = self.good_steps == self.interval
         factor = torch.where(grads_finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scale.mul_(factor)
+        self.scale.mul_(factor).clamp_(min=1.0)
         self.good_steps.masked_fill_(grow, 0)
-        return ~grads_finite
+        return overflow
 
     def state(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}

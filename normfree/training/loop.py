@@ -22,12 +22,10 @@ from normfree.model import Transformer, init_weights
 from normfree.runs import SITES
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults, machine
-from normfree.training.evaluation import evaluate_loss, loss_metrics
+from normfree.training.evaluation import bytes_per_token, evaluate_loss, loss_metrics
 from normfree.training.optimizer import GradientNorms, build_optimizer, clip_, set_learning_rate
 from normfree.training.record import Packed, Record, pack
 from normfree.training.schedules import learning_rate
-
-WARM_UP = 2  # first steps that compile; they are left out of tokens/s
 
 
 class Trainer:
@@ -44,13 +42,12 @@ class Trainer:
         self.eval_rows = evaluation_rows(val, seq_len, config.train.eval_tokens, corpus.chunk_len)
         probe = evaluation_rows(val, seq_len, config.diagnostics.probe_sequences * seq_len, corpus.chunk_len)
         self.probe_idx = torch.from_numpy(probe[: config.diagnostics.probe_sequences, :-1]).to(device)
+        self.bytes_per_token = bytes_per_token(self.eval_rows, corpus.tokenizer)
         self.precision = config.train.precision
 
         torch.manual_seed(config.seed)  # parameters of plug-ins that draw in their constructor
         self.model = Transformer(config.model)
         init_weights(self.model, config.seed)
-        if config.init_from is not None:
-            ckpt.load_weights(self.model, ckpt.find_checkpoint(config.init_from))
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.norms = GradientNorms(self.model, config.model.n_layer)
@@ -163,20 +160,27 @@ class Trainer:
     def evaluate(self, step: int, record: Record) -> None:
         micro = self.config.train.micro_batch_size or 1
         self.last_val = evaluate_loss(self.model, self.eval_rows, micro, self.precision)
-        record.scalars(step, loss_metrics(self.last_val, self.corpus.bytes_per_token("val")))
+        record.scalars(step, loss_metrics(self.last_val, self.bytes_per_token))
+
+    def write_checkpoint(self, step: int) -> bool:
+        """Returns whether weights and moments are finite."""
+        state = self.extra_state()
+        return ckpt.save_checkpoint(self.run_dir, step, self.config, self.model, self.optimizer, state)
 
     def save(self, step: int) -> None:
-        ckpt.save_checkpoint(self.run_dir, step, self.config, self.model, self.optimizer, self.extra_state())
+        finite = self.write_checkpoint(step)
         ckpt.prune(self.run_dir, self.config.train.keep_checkpoints)
+        if not finite and self.config.nan_policy == "raise":
+            raise faults.Diverged(step, f"step {step}: weights or optimizer moments are no longer finite.")
 
     def extra_state(self) -> dict[str, Tensor]:
         return self.scaler.state() | {"bad_steps": self.flag.bad_steps, "first_bad": self.flag.first_bad}
 
-    def wait(self, done: int, record: Record) -> None:
+    def wait(self, record: Record) -> None:
         """Let the device finish the steps it has; their time is theirs, not the evaluation's."""
         began = time.perf_counter()
         self.settle(record, everything=True)
-        if done > WARM_UP:
+        if record.tokens:
             record.clock(0, time.perf_counter() - began)
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -185,15 +189,17 @@ class Trainer:
         config = self.config
         last, tokens = config.train.max_steps, config.train.batch_size * (config.data.seq_len or 0)
 
+        compiled: set[bool] = set()  # the variants, with and without statistics: the first step of each compiles
+
         def due(step: int, every: int) -> bool:
             return step == last or (every > 0 and step % every == 0)
 
         for step in range(start, last + 1):
             if due(step, config.train.checkpoint_every) and step > start:
-                self.wait(step - start, record)
+                self.wait(record)
                 self.save(step)
             if due(step, config.train.eval_every):
-                self.wait(step - start, record)
+                self.wait(record)
                 self.evaluate(step, record)
             recording = config.diagnostics.every > 0 and due(step, config.diagnostics.every)
             probe = self.probe() if recording and config.diagnostics.probe_sequences else None
@@ -205,8 +211,9 @@ class Trainer:
             began = time.perf_counter()
             self.train_step(step, recording, probe)
             self.settle(record)
-            if step - start >= WARM_UP:
+            if recording in compiled:
                 record.clock(tokens, time.perf_counter() - began)
+            compiled.add(recording)
             progress.update()
             progress.set_postfix_str(
                 f"loss {record.last_loss:.3f}, val {self.last_val:.3f}, {record.tokens_per_second:,.0f} tokens/s",

@@ -67,7 +67,7 @@ class Record:
         rest = values[len(SCALARS) :]
         if packed.lr is not None:
             self.last_loss = head["loss"]
-            if step % self.config.log.every == 0 or packed.train:
+            if step % self.config.log.every == 0 or packed.train or head["first_bad"] == step:
                 self._write_scalars(step, head, packed.lr)
         if packed.probe:
             self.write_arrays(step, rest[: self.recorder.size()], "probe_", self.probe_sequences)

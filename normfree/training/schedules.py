@@ -22,7 +22,10 @@ def constant(progress: float, config: OptimConfig) -> float:
 
 
 def warmup_stable_decay(progress: float, config: OptimConfig) -> float:
-    """1, then a straight line to lr_final over the last `decay_fraction` (Hu et al., arXiv:2404.06395)."""
+    """1, then a straight line to lr_final over the last `decay_fraction` of what follows the warm-up.
+
+    Hu et al., arXiv:2404.06395.
+    """
     start = 1 - config.decay_fraction
     return 1.0 if progress <= start else linear((progress - start) / config.decay_fraction, config)
 

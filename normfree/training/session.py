@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ from normfree import heads
 from normfree.config import Config, weights_differences, weights_hash
 from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
-from normfree.errors import EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
+from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
 from normfree.runs import Run, RunWriter, is_run, load_run, norm_label, truncate
 from normfree.training import checkpoint as ckpt
@@ -34,6 +35,7 @@ from normfree.training.record import Record
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
+COMMAND_VARIABLE = "NORMFREE_COMMAND"  # the command as typed, also for the workers of a parallel sweep
 REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
 
 
@@ -51,28 +53,17 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / f"{config.name}-{weights_hash(config)}-s{config.seed}"
 
 
-def starting_point(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start. Refuses a directory that is another run's."""
-    if not run_dir.exists() or not any(p for p in run_dir.iterdir() if p.name != "run.lock"):
-        return None
-    if not is_run(run_dir):
-        raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
-    differences = weights_differences(config, load_run(run_dir).config)
-    if config.resume is not None:  # asked for by name: the run may be made longer
-        differences = [d for d in differences if not d.startswith("train.max_steps:")]
-    if differences:
-        raise UserError(
-            f"run_dir={run_dir} is a run of another configuration; two runs are never mixed. Choose another run_dir "
-            "(null names one by itself). Here, not there:\n  " + "\n  ".join(differences),
-            EXIT_DIRECTORY,
-        )
-    good = ckpt.good_checkpoints(run_dir)
-    return good[0][1] if good else None
+def differences(config: Config, run_dir: Path) -> list[str]:
+    """What keeps `config` from being the run in `run_dir`, its length aside."""
+    found = weights_differences(config, load_run(run_dir).config)
+    return [d for d in found if not d.startswith("train.max_steps:")]
 
 
 def ended(config: Config, run_dir: Path) -> RunResult | None:
     """What an earlier, ended run of this configuration came to; None where there is something left to train."""
-    status = load_run(run_dir).status if is_run(run_dir) else {}
+    if not is_run(run_dir) or differences(config, run_dir):
+        return None
+    status = load_run(run_dir).status
     if status.get("status") == "finished" and status.get("last_step", 0) >= config.train.max_steps:
         return RunResult("finished", EXIT_OK, status.get("val/loss", math.nan), run_dir)
     if status.get("status") == "diverged":
@@ -80,17 +71,68 @@ def ended(config: Config, run_dir: Path) -> RunResult | None:
     return None
 
 
+def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start. Refuses a directory that is another run's."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir} is a file.", EXIT_DIRECTORY)
+    if not run_dir.exists() or not any(p for p in run_dir.iterdir() if p.name != "run.lock"):
+        return None
+    if not is_run(run_dir):
+        raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
+    run = load_run(run_dir)
+    # Asked for by name, a run may be made longer; a new command means exactly what it says.
+    found = differences(config, run_dir) if config.resume else weights_differences(config, run.config)
+    used = run.status.get("plugins", [])
+    if {p["sha256"] for p in used} != {p["sha256"] for p in plugins}:
+        names = ", ".join(p["path"] for p in used) or "none"
+        found.append(f"plug-ins: other files, or other contents, than that run's ({names})")
+    if found:
+        raise UserError(
+            f"run_dir={run_dir} is a run of another configuration; two runs are never mixed. Choose another run_dir "
+            "(null names one by itself). Here, not there:\n  " + "\n  ".join(found),
+            EXIT_DIRECTORY,
+        )
+    good = ckpt.newest_good(run_dir, finite=config.nan_policy != "log")
+    if good is None and run.checkpoints:
+        raise UserError(
+            f"run_dir={run_dir}: none of its {len(run.checkpoints)} checkpoints is whole and finite, so the run cannot "
+            "go on, and starting again would overwrite its record. Move it away, or choose another run_dir.",
+            EXIT_CHECKPOINT,
+        )
+    return None if good is None else good[1]
+
+
 @contextlib.contextmanager
 def alone(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; the lock is freed when the process ends, however it ends."""
+    lock = FileLock(run_dir / "run.lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(run_dir / "run.lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"run_dir={run_dir} is in use by another process.", EXIT_DIRECTORY) from error
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}.", EXIT_DIRECTORY) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def memory_in_words(config: Config) -> Iterator[None]:
+    """A device without enough memory is a message that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory: {str(error).splitlines()[0]}\nLower train.micro_batch_size="
+            f"{config.train.micro_batch_size} (train.batch_size may stay: gradients are accumulated), data.seq_len, or "
+            "the size of the model.",
+            EXIT_MEMORY,
+        ) from error
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +146,7 @@ def versions() -> dict[str, str]:
 
 def provenance() -> dict[str, str | None]:
     """What was typed, and the commit of this code (`+` where files differ from it); null outside a checkout."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = os.environ.get(COMMAND_VARIABLE) or shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     here = Path(normfree.__file__).parent
     try:
         commit = subprocess.run(
@@ -124,22 +166,37 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
     Returns a `RunResult`, also when training diverged; raises `UserError` for what a user can mend. Never exits the
     process, and leaves no process-wide switch behind.
     """
+    plugins = plugins or []
     device = machine.choose_device(config)
     config.train.precision = machine.choose_precision(config, device)
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
-    console = Console(stderr=True)
-    checkpoint = starting_point(config, run_dir)
+    console = Console(stderr=True, markup=False, highlight=False)
     before = ended(config, run_dir)
     if before is not None:
-        console.print(
-            f"{run_dir} is {before.status} already: {load_run(run_dir).status.get('reason') or 'nothing to do'}\n"
-            f"(train longer: python run.py resume={run_dir} train.max_steps=N)"
-        )
-        return before
+        return _say_again(before, console)
+    checkpoint = starting_point(config, run_dir, plugins)
     with machine.process_flags(machine.choose_deterministic(config, device)):
-        trainer = Trainer(config, corpus, run_dir, device)  # what does not fit is found before anything is written
+        with memory_in_words(config):
+            trainer = Trainer(config, corpus, run_dir, device)
+        if checkpoint is None and config.init_from is not None:
+            ckpt.load_weights(trainer.model, ckpt.find_checkpoint(config.init_from))
+        # Up to here nothing was written. Now hold the directory, and look again: another process may have been there.
         with alone(run_dir):
-            return _train(trainer, checkpoint, console, plugins or [])
+            before = ended(config, run_dir)
+            if before is not None:
+                return _say_again(before, console)
+            checkpoint = starting_point(config, run_dir, plugins)
+            return _train(trainer, checkpoint, console, plugins)
+
+
+def _say_again(before: RunResult, console: Console) -> RunResult:
+    """The same command again: what that run came to, and what can be done."""
+    console.print(f"{before.run_dir} is {before.status} already.", style="bold")
+    if before.status == "finished":
+        console.print(f"To train it longer: python run.py resume={before.run_dir} train.max_steps=N")
+    else:
+        console.print(f"{load_run(before.run_dir).status.get('reason')}\nOther settings make another run.")
+    return before
 
 
 def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins: list[dict[str, str]]) -> RunResult:
@@ -149,13 +206,15 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         start = ckpt.load_training_state(trainer.model, trainer.optimizer, trainer.extra_state(), checkpoint)
     truncate(run_dir, start)
     config.resume = None  # done; the record is that of one run, however often it was interrupted
+    fresh = dict.fromkeys(("reason", "last_step", "tokens_per_second", "sample", "val/loss"))
     writer = RunWriter(run_dir)
     writer.config(config)
     save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
     counts = trainer.model.parameter_counts()
     writer.status(
         status="running",
-        reason=None,
+        warnings=[],
+        **fresh,
         started_from_step=start,
         parameters=counts,
         norms=norm_label(config),
@@ -168,7 +227,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         plugins=plugins,
     )
     console.print(
-        f"[bold]{config.name}[/] ({norm_label(config)}): {counts['total']:,} parameters, {counts['non_embedding']:,} "
+        f"{config.name} ({norm_label(config)}): {counts['total']:,} parameters, {counts['non_embedding']:,} "
         f"without embeddings, {counts['trainable']:,} trainable; {device.type}, {config.train.precision}; {run_dir}"
         + (f"; going on from step {start}" if start else "")
     )
@@ -179,23 +238,19 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     record = Record(config, trainer.recorder, writer, views, len(trainer.probe_idx), n_slopes)
     seconds = 0.2 if sys.stderr.isatty() else 60  # a log file gets a line a minute
     try:
-        with tqdm(
-            total=config.train.max_steps, initial=start, unit="step", mininterval=seconds, dynamic_ncols=True
-        ) as bar:
+        with (
+            memory_in_words(config),
+            tqdm(
+                total=config.train.max_steps, initial=start, unit="step", mininterval=seconds, dynamic_ncols=True
+            ) as bar,
+        ):
             trainer.fit(start, record, bar)
         return _finish(trainer, record, console)
     except Diverged as error:
-        trainer.save(error.step)  # the state before the bad step, whole and finite
+        trainer.write_checkpoint(error.step)  # the state before the bad step
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
-        console.print(f"[bold red]diverged[/] at {error}")
+        console.print(f"diverged at {error}", style="bold red")
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
-    except torch.OutOfMemoryError as error:
-        writer.status(status="failed", reason=str(error))
-        raise UserError(
-            f"out of memory on {device.type}: {error}\nLower train.micro_batch_size={config.train.micro_batch_size} "
-            "(train.batch_size may stay: the gradients are accumulated) or data.seq_len.",
-            EXIT_MEMORY,
-        ) from error
     except BaseException as error:
         writer.status(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=repr(error))
         raise
@@ -231,11 +286,11 @@ def _finish(trainer: Trainer, record: Record, console: Console) -> RunResult:
     run = load_run(trainer.run_dir)
     console.print(closing_table(run))
     console.print("sample: ", end="", style="bold")
-    console.print(text, markup=False, highlight=False)
+    console.print(text)
     for warning in run.status["warnings"]:
-        console.print(f"[yellow]warning[/] {warning}")
+        console.print(f"warning: {warning}", style="yellow")
     if trainer.device.type == "cpu":
-        console.print(f"The real thing, on a GPU: [bold]{REAL_THING}[/]")
+        console.print(f"The real thing, on a GPU: {REAL_THING}")
     return RunResult("finished", EXIT_OK, trainer.last_val, trainer.run_dir)
 
 
@@ -252,7 +307,7 @@ def _sample(trainer: Trainer) -> str:
 
 def entropy_summary(run: Run) -> str:
     """Mean entropy, shares by quarter of the ceiling and overloaded heads of the last probe (else training) record."""
-    names = [name for name in ("probe_attn_entropy", "attn_entropy") if name in run.array_names]
+    names = [name for name in ("probe_attn_entropy", "attn_entropy") if run.has(name)]
     if not names:
         return "not recorded"
     entropy = run.array(names[0])[1][-1]

@@ -25,7 +25,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Events after the checkpoint belong to the part of an interrupted run that is done again.
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start or None)
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
         self.ceiling = ceiling
         self.settings = {name: v for name, v, _ in flat_keys(config) if isinstance(v, int | float | str)}
 

@@ -10,6 +10,7 @@ from normfree.cli import run_config
 from normfree.errors import EXIT_DIVERGED
 from normfree.runs import load_run
 from normfree.training.faults import FiniteFlag, LossScaler
+from normfree.training.loop import Trainer
 from normfree.training.optimizer import GradientNorms, build_optimizer
 
 CPU = torch.device("cpu")
@@ -142,3 +143,33 @@ def test_fp16_overflow_is_skipped_counted_and_not_a_bad_step(train_tiny, monkeyp
     rows = run.metrics.set_index("step")
     assert rows["scaler_skips"].dropna().iloc[-1] == 1
     assert rows["loss_scale"].dropna().iloc[-1] == 2.0**15
+
+
+def test_fp16_gradients_that_no_scale_can_save_stop_the_run(tiny, tmp_path, monkeypatch):
+    """65536 halves sixteen times; at 1 an overflow is no longer the scale's doing."""
+    poison(monkeypatch, *range(100), value=float("inf"))
+    result = run_config(tiny(run_dir=str(tmp_path / "bad"), **{"train.precision": "fp16", "train.max_steps": 40}))
+    assert result.status == "diverged"
+    assert load_run(tmp_path / "bad").status["last_step"] == 16
+
+
+def test_moments_that_are_not_finite_stop_the_run_at_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """Such a weight would never learn again, and no loss would tell."""
+    original = Trainer.train_step
+
+    def corrupted(self, *args):
+        original(self, *args)
+        next(iter(self.optimizer.state.values()))["exp_avg_sq"][0, 0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "train_step", corrupted)
+    result = run_config(tiny(run_dir=str(tmp_path / "bad")))
+    assert result.status == "diverged"
+    assert "moments" in load_run(tmp_path / "bad").status["reason"]
+
+
+def test_the_bad_step_is_in_the_scalars(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, 3)
+    run_config(tiny(run_dir=str(tmp_path / "bad"), **{"log.every": 100, "diagnostics.every": 0}))
+    steps, norms = load_run(tmp_path / "bad").series("grad_norm")
+    assert steps.tolist() == [0, 3]
+    assert math.isnan(norms[1])

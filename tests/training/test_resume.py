@@ -5,8 +5,11 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from normfree.runs import TIMES, Run
+from normfree.cli import run_config
+from normfree.errors import UserError
+from normfree.runs import TIMES, Run, load_run
 from normfree.training import checkpoint as ckpt
+from normfree.training import session
 from normfree.training.loop import Trainer
 
 HARD = {
@@ -119,4 +122,94 @@ def test_the_same_command_again_trains_nothing(train_tiny, monkeypatch, capsys):
     before = contents(first)
     stop_at(monkeypatch, 0)
     assert contents(train_tiny(**HARD)) == before
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_taken_for_a_run(train_tiny, tiny, tmp_path):
+    path = train_tiny().checkpoints[-1][1]
+    with pytest.raises(UserError, match="is a checkpoint; name the run"):
+        load_run(path)
+    with pytest.raises(UserError, match="no run"):
+        run_config(tiny(run_dir=str(path)))
+    ckpt.verify(path)
+
+
+def test_a_record_without_a_good_checkpoint_is_never_overwritten(train_tiny, tiny, tmp_path):
+    run = train_tiny()
+    for _, path in run.checkpoints:
+        (path / "model.safetensors").write_bytes(b"")
+    before = contents(run)
+    with pytest.raises(UserError, match="none of its 2 checkpoints"):
+        run_config(tiny(run_dir=str(tmp_path / "run"), resume="run", **{"train.max_steps": 9}))
+    assert contents(run) == before
+
+
+def test_a_run_finished_by_another_process_meanwhile_is_left_alone(train_tiny, monkeypatch):
+    """Both see an empty directory; one trains to the end before the other holds the lock."""
+    original, inner = session.Trainer, []
+
+    def slow(*args):
+        if not inner:
+            inner.append(None)
+            inner[0] = contents(train_tiny())
+        return original(*args)
+
+    monkeypatch.setattr(session, "Trainer", slow)
+    outer = train_tiny()
+    assert contents(outer) == inner[0]
+    assert outer.status["started_from_step"] == 0
+
+
+def test_resuming_does_not_need_what_the_run_began_from(train_tiny, monkeypatch):
+    source = train_tiny("source")
+    settings = {"init_from": str(source.directory), "train.max_steps": 9}
+    whole = train_tiny("whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny("stopped", **settings)
+    source.directory.rename(source.directory.with_name("moved"))
+    monkeypatch.setattr("normfree.cli.is_run", lambda path: True)  # the early look at init_from
+    assert contents(train_tiny("stopped", **settings)) == contents(whole)
+
+
+def test_a_restart_without_diagnostics_ends_well(train_tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny()
+    run = train_tiny(**{"diagnostics.every": 0})
+    assert run.status["status"] == "finished"
+    assert run.array_names == []
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_tensorboard_shows_each_step_once(train_tiny, monkeypatch, step):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = interrupted_run(train_tiny, monkeypatch, step, **{"log.tensorboard": True})
+    events = EventAccumulator(str(run.directory / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(run.series("train/loss")[1].tolist())
+
+
+def test_fp16_resumes_with_its_scale(train_tiny, monkeypatch):
+    settings = HARD | {"train.precision": "fp16"}
+    whole = train_tiny("whole", **settings)
+    assert contents(interrupted_run(train_tiny, monkeypatch, 5, **settings)) == contents(whole)
+
+
+def test_an_extended_run_forgets_how_it_ended_before(train_tiny, monkeypatch):
+    assert train_tiny().status["val/loss"] is not None
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(resume="run", **{"train.max_steps": 9})
+    assert load_run("run").status["val/loss"] is None
+
+
+def test_a_longer_run_answers_the_original_command(train_tiny, capsys):
+    train_tiny()
+    train_tiny(resume="run", **{"train.max_steps": 8})
+    assert train_tiny().status["last_step"] == 8
     assert "finished already" in capsys.readouterr().err

@@ -226,3 +226,48 @@ def test_out_of_memory_is_a_message(train_tiny, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", full)
     with pytest.raises(UserError, match=r"train.micro_batch_size=8"):
         train_tiny()
+
+
+def test_bits_per_byte_are_of_the_text_that_was_evaluated(train_tiny):
+    """With one byte a token, and end-of-text for none, bits per byte follow from the tokens alone."""
+    from normfree.data.batches import evaluation_rows
+    from normfree.data.packing import prepare
+
+    run = train_tiny()
+    targets = evaluation_rows(prepare(run.config.data).tokens("val"), 16, 256, None)[:, 1:]
+    text = (targets != 256).sum() / targets.size
+    loss, bits = run.series("val/loss")[1][-1], run.series("val/bits_per_byte")[1][-1]
+    assert bits == pytest.approx(loss / math.log(2) / text)
+
+
+def test_an_error_of_the_system_keeps_its_name(train_tiny, monkeypatch):
+    from normfree.training.loop import Trainer
+
+    def missing(self, *args):
+        raise FileNotFoundError("no C compiler")
+
+    monkeypatch.setattr(Trainer, "train_step", missing)
+    with pytest.raises(FileNotFoundError, match="no C compiler"):
+        train_tiny()
+
+
+def test_a_changed_plugin_makes_another_run(tiny, tmp_path):
+    from normfree.config import resolve, resolve_vocabulary
+    from normfree.data.packing import prepare
+    from normfree.training.session import train
+
+    def go(sha256):
+        config = resolve(tiny(run_dir=str(tmp_path / "run")))
+        corpus = prepare(config.data)
+        resolve_vocabulary(config, corpus.tokenizer.n_vocab)
+        config.train.max_steps = 6 if sha256 == "a" else 8
+        config.resume = "run"
+        return train(config, corpus, [{"path": "mine.py", "sha256": sha256}])
+
+    assert go("a").status == "finished"
+    with pytest.raises(UserError, match="plug-ins"):
+        go("b")
+
+
+def test_names_with_brackets_are_only_names(train_tiny):
+    assert train_tiny(name="a[bold]c[red").status["status"] == "finished"
