@@ -5,6 +5,7 @@ sticky: from the first bad step on, no update changes weights, moments or step c
 at most `LAG` steps later, stops the run. The weights are then exactly those before the bad step.
 """
 
+import math
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -51,10 +52,20 @@ class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al., arXiv:1710.03740), on the device.
 
     The scale halves when gradients overflow and doubles after `interval` steps without. Scale 1 and inert if disabled.
+    `lowest`: a scale at which there is nothing left to blame, so that non-finite gradients are a bad step like any
+    other. None skips for ever, as PyTorch's GradScaler does and the original's runs did.
     """
 
-    def __init__(self, enabled: bool, device: torch.device, start: float = 2.0**16, interval: int = 2000) -> None:
+    def __init__(
+        self,
+        enabled: bool,
+        device: torch.device,
+        start: float = 2.0**16,
+        interval: int = 2000,
+        lowest: float | None = 1.0,
+    ) -> None:
         self.enabled = enabled
+        self.lowest = -math.inf if lowest is None else lowest
         self.interval = interval
         self.scale = torch.tensor(start if enabled else 1.0, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -65,18 +76,15 @@ class LossScaler:
             torch._foreach_mul_(grads, 1.0 / self.scale)
 
     def overflowed(self, grads_finite: Tensor) -> Tensor:
-        """Whether this step's gradients overflowed because of the scale; moves the scale.
-
-        At a scale of 1 there is nothing left to blame: non-finite gradients are then a bad step like any other.
-        """
+        """Whether this step's gradients overflowed because of the scale; moves the scale."""
         if not self.enabled:
             return torch.zeros_like(grads_finite)
-        overflow = ~grads_finite & (self.scale > 1)
+        overflow = ~grads_finite & (self.scale > self.lowest)
         self.good_steps.copy_(torch.where(grads_finite, self.good_steps + 1, 0))
         self.skipped.add_(overflow)
         grow = self.good_steps == self.interval
         factor = torch.where(grads_finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scale.mul_(factor).clamp_(min=1.0)
+        self.scale.mul_(factor).clamp_(min=self.lowest)
         self.good_steps.masked_fill_(grow, 0)
         return overflow
 

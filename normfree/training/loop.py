@@ -53,7 +53,8 @@ class Trainer:
         self.norms = GradientNorms(self.model, config.model.n_layer)
         self.flag = faults.FiniteFlag(config.nan_policy, device)
         self.optimizer.found_inf = self.flag.mask  # type: ignore[attr-defined]
-        self.scaler = faults.LossScaler(self.precision == "fp16", device)
+        lowest = None if config.nan_policy == "log" else 1.0  # log goes on regardless, and so does its scaler
+        self.scaler = faults.LossScaler(self.precision == "fp16", device, lowest=lowest)
         self.mailbox = faults.Mailbox(device)
         self.recorder = Recorder(self.model, config.diagnostics.statistics)  # before anything is compiled
         self.forward = machine.compiled(self.model, machine.choose_compile(config, device))

@@ -153,6 +153,16 @@ def test_fp16_gradients_that_no_scale_can_save_stop_the_run(tiny, tmp_path, monk
     assert load_run(tmp_path / "bad").status["last_step"] == 16
 
 
+def test_under_log_the_scaler_skips_for_ever_and_the_weights_stay_finite(train_tiny, monkeypatch):
+    """As the original's runs did (experiment=paper_nan)."""
+    poison(monkeypatch, *range(1, 400), value=float("inf"))
+    settings = {"train.precision": "fp16", "train.max_steps": 200, "train.eval_every": 0, "train.checkpoint_every": 0}
+    run = train_tiny(nan_policy="log", **settings)
+    assert run.status["status"] == "finished"
+    assert run.series("scaler_skips")[1][-1] == 199
+    assert math.isfinite(run.status["val/loss"])
+
+
 def test_moments_that_are_not_finite_stop_the_run_at_the_checkpoint(tiny, tmp_path, monkeypatch):
     """Such a weight would never learn again, and no loss would tell."""
     original = Trainer.train_step
