@@ -119,7 +119,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = key(2e-3, "peak learning rate")
+    lr: float = key(3e-3, "peak learning rate")
     beta1: float = key(0.9, "decay of the first moment")
     beta2: float = key(0.95, "decay of the second moment")
     eps: float = key(1e-8, "AdamW's epsilon")
@@ -137,13 +137,13 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch, and how the numbers are computed."""
 
-    max_steps: int = key(500, "optimizer steps")
+    max_steps: int = key(300, "optimizer steps")
     batch_size: int = key(16, "sequences an optimizer step")
     micro_batch_size: int | None = key(None, "sequences a forward pass; null: batch_size (no accumulation)")
     precision: str = key("auto", "fp32, bf16, fp16 (with loss scaling), or auto: bf16 on CUDA, else fp32")
     eval_every: int = key(100, "steps between evaluations; 0: only at the end", weights=False)
     eval_tokens: int = key(32768, "validation tokens of an evaluation, always the same ones", weights=False)
-    checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end", weights=False)
+    checkpoint_every: int = key(100, "steps between checkpoints; 0: only at the end", weights=False)
     keep_checkpoints: int = key(2, "newest checkpoints to keep", weights=False)
     compile: bool | str = key("auto", "auto: where CUDA, Triton and a C compiler are; true; false", weights=False)
     deterministic: bool | None = key(None, "bit-exact repetition; null: on the CPU", weights=False)
