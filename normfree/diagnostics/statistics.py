@@ -79,13 +79,17 @@ class AttentionEntropy(Statistic):
         return seen.entropy.mean(dim=(0, 2))
 
 
-class NaNCount(Statistic):
-    """NaN elements at each site. attn_probs: a row with a NaN holds T of them, as in a materialised softmax."""
+class ElementCount(Statistic):
+    """How many elements of each site's output have a property, over the whole optimizer step."""
 
     sites = SITES
     over_micro_batches = "sum"
     dtype = torch.int64
     unit = "elements"
+
+
+class NaNCount(ElementCount):
+    """NaN elements at each site. attn_probs: a row with a NaN holds T of them, as in a materialised softmax."""
 
     def measure(self, seen: Observation) -> Tensor:
         if seen.site == "attn_probs":
@@ -93,13 +97,8 @@ class NaNCount(Statistic):
         return seen.output.isnan().sum()
 
 
-class InfCount(Statistic):
+class InfCount(ElementCount):
     """Infinite elements at each site; probabilities never are."""
-
-    sites = SITES
-    over_micro_batches = "sum"
-    dtype = torch.int64
-    unit = "elements"
 
     def measure(self, seen: Observation) -> Tensor:
         if seen.site == "attn_probs":

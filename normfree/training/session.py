@@ -59,11 +59,17 @@ def differences(config: Config, run_dir: Path) -> list[str]:
     return [d for d in found if not d.startswith("train.max_steps:")]
 
 
-def ended(config: Config, run_dir: Path) -> RunResult | None:
+def plugin_hashes(plugins: list[dict[str, str]]) -> set[str]:
+    return {plugin["sha256"] for plugin in plugins}
+
+
+def ended(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> RunResult | None:
     """What an earlier, ended run of this configuration came to; None where there is something left to train."""
     if not is_run(run_dir) or differences(config, run_dir):
         return None
     status = load_run(run_dir).status
+    if plugin_hashes(status.get("plugins", [])) != plugin_hashes(plugins):
+        return None
     if status.get("status") == "finished" and status.get("last_step", 0) >= config.train.max_steps:
         return RunResult("finished", EXIT_OK, status.get("val/loss", math.nan), run_dir)
     if status.get("status") == "diverged":
@@ -83,7 +89,7 @@ def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]])
     # Asked for by name, a run may be made longer; a new command means exactly what it says.
     found = differences(config, run_dir) if config.resume else weights_differences(config, run.config)
     used = run.status.get("plugins", [])
-    if {p["sha256"] for p in used} != {p["sha256"] for p in plugins}:
+    if plugin_hashes(used) != plugin_hashes(plugins):
         names = ", ".join(p["path"] for p in used) or "none"
         found.append(f"plug-ins: other files, or other contents, than that run's ({names})")
     if found:
@@ -171,7 +177,7 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
     config.train.precision = machine.choose_precision(config, device)
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
     console = Console(stderr=True, markup=False, highlight=False)
-    before = ended(config, run_dir)
+    before = ended(config, run_dir, plugins)
     if before is not None:
         return _say_again(before, console)
     checkpoint = starting_point(config, run_dir, plugins)
@@ -182,7 +188,7 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
             ckpt.load_weights(trainer.model, ckpt.find_checkpoint(config.init_from))
         # Up to here nothing was written. Now hold the directory, and look again: another process may have been there.
         with alone(run_dir):
-            before = ended(config, run_dir)
+            before = ended(config, run_dir, plugins)
             if before is not None:
                 return _say_again(before, console)
             checkpoint = starting_point(config, run_dir, plugins)
