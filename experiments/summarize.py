@@ -22,7 +22,8 @@ import numpy as np
 
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, unknown
 from normfree.heads import range_shares
-from normfree.runs import Run, expand, norm_label, write_atomically
+from normfree.records import write_atomically
+from normfree.runs import Run, expand, norm_label
 from plotting.common import seq_len, sourced
 from plotting.seeds import Group, differing_keys, final, group, is_lost, mean_interval
 

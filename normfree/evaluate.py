@@ -30,8 +30,9 @@ from normfree.interop.huggingface import from_hf, is_hf_folder
 from normfree.measure import Measurement, measure_split
 from normfree.model import Transformer
 from normfree.plugins import load_plugin
+from normfree.records import RunWriter
 from normfree.rules import validate
-from normfree.runs import SITES, RunWriter, is_checkpoint, is_run, load_run, norm_label
+from normfree.runs import SITES, is_checkpoint, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training.evaluation import loss_metrics
 from normfree.training.machine import DTYPES

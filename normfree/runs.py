@@ -13,11 +13,8 @@ Both kinds of record are appended and survive a kill: a torn last record is left
 next writer.
 """
 
-import dataclasses
 import json
-import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from glob import glob
 from pathlib import Path
@@ -26,36 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from normfree.config import Config, flat_keys, from_dict, to_dict
+from normfree.config import Config, flat_keys, from_dict
 from normfree.errors import EXIT_DIRECTORY, UserError
+from normfree.records import ArrayInfo, number, read_info, read_lines, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"  # what a checkpoint directory has and a run directory has not
 SITES = ("block", "attn", "mlp", "attn_probs")  # where NaN and Inf are counted, in execution order from the output back
 TIMES = ("seconds", "tokens_per_second")  # the only scalars that two runs of the same bits may differ in
-
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: non-finite numbers are written as strings."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value
-
-
-def _number(value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def checkpoint_name(step: int) -> str:
@@ -67,116 +44,6 @@ def norm_label(config: Config) -> str:
     model = config.model
     blocks = "no block norms" if "none" in (model.norm, model.placement) else f"{model.norm} in the blocks"
     return f"{blocks}, " + ("no final norm" if model.final_norm == "none" else "final norm kept")
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayInfo:
-    """What a file of `arrays/` holds: one record has `shape`, its axes are named, its values have a unit."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    axes: tuple[str, ...]
-    unit: str
-    version: int = FORMAT_VERSION
-
-    @property
-    def record(self) -> np.dtype:
-        return np.dtype([("step", "<i8"), ("value", np.dtype(self.dtype).newbyteorder("<"), self.shape)])
-
-
-class RunWriter:
-    """Appends to a run directory. Every write is flushed to the operating system before it returns."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        (directory / "arrays").mkdir(parents=True, exist_ok=True)
-        self._metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._arrays: dict[str, Any] = {}
-        self._infos: dict[str, ArrayInfo] = {}
-
-    def config(self, config: Config) -> None:
-        write_atomically(self.directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-
-    def status(self, **fields: Any) -> None:
-        """Merge `fields` into run.json."""
-        path = self.directory / "run.json"
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        merged = {name: _strict(value) for name, value in (old | fields).items()}
-        write_atomically(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
-
-    def scalars(self, step: int, values: dict[str, Any]) -> None:
-        row = {"step": step} | {name: _strict(value) for name, value in values.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
-
-    def array(self, name: str, step: int, value: np.ndarray, axes: Sequence[str], unit: str) -> None:
-        """Append one record. The first one of a name fixes its shape and dtype."""
-        info = ArrayInfo(tuple(value.shape), value.dtype.str.lstrip("<>=|"), tuple(axes), unit)
-        if name not in self._arrays:
-            path = self.directory / "arrays" / f"{name}.json"
-            if not path.exists():
-                write_atomically(path, json.dumps(dataclasses.asdict(info)) + "\n")
-            self._infos[name] = _read_info(path)
-            self._arrays[name] = open(path.with_suffix(".bin"), "ab")  # noqa: SIM115
-        if info != self._infos[name]:
-            raise UserError(
-                f"the record of {name!r} in {self.directory} has {self._infos[name]}, and now would get {info}: "
-                "a statistic changed since the run began. Start a new run.",
-                EXIT_DIRECTORY,
-            )
-        record = np.zeros((), info.record)
-        record["step"], record["value"] = step, value
-        self._arrays[name].write(record.tobytes())
-        self._arrays[name].flush()
-
-    def close(self) -> None:
-        for file in (self._metrics, *self._arrays.values()):
-            file.close()
-
-
-def truncate(directory: Path, step: int) -> None:
-    """Drop every record of `step` and after, and torn ones: what a run resumed at that checkpoint writes again."""
-    metrics = directory / "metrics.jsonl"
-    if metrics.exists():
-        rows = [row for row in _read_lines(metrics) if row["step"] < step]
-        write_atomically(metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    for path in sorted((directory / "arrays").glob("*.bin")):
-        records = _read_records(path)
-        kept = records[records["step"] < step]
-        if not len(kept):  # as if it had never been recorded
-            path.with_suffix(".json").unlink()
-            path.unlink()
-            continue
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        kept.tofile(temporary)
-        temporary.replace(path)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows as written; a line that is not whole (a kill in mid-write) ends the record."""
-    rows = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or "step" not in row:
-            break
-        rows.append(row)
-    return rows
-
-
-def _read_info(path: Path) -> ArrayInfo:
-    values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return ArrayInfo(**values | {"shape": tuple(values["shape"]), "axes": tuple(values["axes"])})
-
-
-def _read_records(path: Path) -> np.ndarray:
-    dtype = _read_info(path).record
-    return np.fromfile(path, dtype, count=path.stat().st_size // dtype.itemsize)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -212,13 +79,13 @@ class Run:
         path = self.directory / "run.json"
         if not path.exists():
             return {}
-        return {k: _number(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {k: number(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         path = self.directory / "metrics.jsonl"
-        lines = _read_lines(path) if path.exists() else []
-        return [{name: _number(value) for name, value in row.items()} for row in lines]
+        lines = read_lines(path) if path.exists() else []
+        return [{name: number(value) for name, value in row.items()} for row in lines]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one scalar where it was recorded; a NaN among the values was recorded as NaN."""
@@ -247,13 +114,13 @@ class Run:
         return name in self.array_names
 
     def info(self, name: str) -> ArrayInfo:
-        return _read_info(self.directory / "arrays" / f"{name}.bin")
+        return read_info(self.directory / "arrays" / f"{name}.bin")
 
     def array(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a recorded array: int64 (records,), and (records, *shape)."""
         if name not in self.array_names:
             raise UserError(f"{self.directory} has no array {name!r}; it has: {', '.join(self.array_names) or 'none'}.")
-        records = _read_records(self.directory / "arrays" / f"{name}.bin")
+        records = read_records(self.directory / "arrays" / f"{name}.bin")
         return records["step"].astype(np.int64), np.ascontiguousarray(records["value"])
 
     @property

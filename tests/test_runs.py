@@ -10,7 +10,8 @@ import pytest
 
 from normfree.config import Config
 from normfree.errors import UserError
-from normfree.runs import Run, RunWriter, expand, load_run, load_runs, norm_label, truncate
+from normfree.records import RunWriter, truncate
+from normfree.runs import Run, expand, load_run, load_runs, norm_label
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from normfree.config import Config, DataConfig, ModelConfig, resolve, resolve_vo
 from normfree.data.packing import prepare
 from normfree.data.tokenizer import save_tokenizer
 from normfree.model import Transformer, init_weights
-from normfree.runs import RunWriter
+from normfree.records import RunWriter
 from normfree.training.checkpoint import save_checkpoint
 from normfree.training.optimizer import build_optimizer
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from normfree.config import Config
 from normfree.diagnostics import Recorder
-from normfree.runs import SITES, RunWriter
+from normfree.records import RunWriter
+from normfree.runs import SITES
 from normfree.training.views import Views
 
 SCALARS = ("first_bad", "bad_steps", "loss", "grad_norm", "loss_scale", "scaler_skips")

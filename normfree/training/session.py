@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.table import Table as RichTable
 from tqdm import tqdm
 
 import normfree
@@ -26,12 +25,14 @@ from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
-from normfree.runs import Run, RunWriter, is_run, load_run, norm_label, truncate
+from normfree.records import RunWriter, truncate
+from normfree.runs import is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training import machine
 from normfree.training.faults import Diverged
 from normfree.training.loop import Trainer
 from normfree.training.record import Record
+from normfree.training.summary import closing_table
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
@@ -309,44 +310,3 @@ def _sample(trainer: Trainer) -> str:
         )
     except UserError as error:
         return f"(none: {error})"
-
-
-def entropy_summary(run: Run) -> str:
-    """Mean entropy, shares by quarter of the ceiling and overloaded heads of the last probe (else training) record."""
-    names = [name for name in ("probe_attn_entropy", "attn_entropy") if run.has(name)]
-    if not names:
-        return "not recorded"
-    entropy = run.array(names[0])[1][-1]
-    T = run.config.data.seq_len or 1
-    shares = heads.range_shares(entropy, T)
-    finite = entropy[np.isfinite(entropy)]
-    mean = f"mean {finite.mean():.2f} of {heads.entropy_ceiling(T):.2f} nats" if finite.size else "no finite head"
-    quarters = " ".join(f"{100 * share:.0f}%" for share in shares.shares)
-    overloaded = int(heads.is_overloaded(entropy, T).sum())
-    nan = f", {shares.n_nan} NaN" if shares.n_nan else ""
-    return f"{mean}; heads by quarter {quarters}; {overloaded} of {entropy.size} overloaded{nan}"
-
-
-def closing_table(run: Run) -> RichTable:
-    """What a user wants to know when training ends."""
-    status = run.status
-    train, val, perplexity, bits = (
-        run.series(name)[1] for name in ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
-    )
-    counts, speed = status["parameters"], status["tokens_per_second"]
-    rows = {
-        "model": f"{run.name}, {norm_label(run.config)}",
-        "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
-        "training loss": f"{train[0]:.3f} -> {train[-1]:.3f} nats a token",
-        "validation loss": f"{val[0]:.3f} -> {val[-1]:.3f} nats a token",
-        "perplexity": f"{perplexity[-1]:.2f}; {bits[-1]:.3f} bits a byte",
-        "speed": f"{speed:,.0f} tokens/s" if math.isfinite(speed) else "too few steps to tell",
-        "attention entropy": entropy_summary(run),
-        "NaN in block outputs": f"{int(run.nan_counts.sum()):,} elements" if run.has("nan_count") else "not recorded",
-        "written to": str(run.directory),
-        "figures": ", ".join(sorted(p.name for p in (run.directory / "figures").glob("*"))) or "none",
-    }
-    table = RichTable(show_header=False, title="finished", title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
