@@ -13,7 +13,7 @@ class MaxAbs(RMSNorm):  # which has `weight` (C,) and `eps`
         return x * self.weight / (x.abs().amax(dim=-1, keepdim=True) + self.eps)
 
 
-@register_statistic("resid_rms")
-class ResidRMS(Statistic):
+@register_statistic("resid_median")
+class ResidualMedian(Statistic):
     def measure(self, seen: Observation) -> Tensor:  # one number a layer, from each block's output
-        return seen.output.square().mean().sqrt()
+        return seen.output.abs().median()

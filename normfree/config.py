@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normfree.errors import UserError, unknown
+from normfree.tables import STATISTICS
 
 VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
 DEFAULT_SEQ_LEN = 128  # the papers' context length
@@ -156,10 +157,19 @@ class DiagnosticsConfig:
     """What is measured inside the model. Nothing here changes the weights."""
 
     every: int = key(20, "steps between records; 0: none", weights=False)
-    statistics: list[str] = key(
-        ["attn_entropy", "nan_count", "inf_count"], "which statistics the hooks record", weights=False
+    snapshot_every: int = key(
+        100, "steps between snapshots (entropy by position, quantiles, width), where a record is due too", weights=False
     )
+    statistics: list[str] | None = key(None, "which statistics are recorded; null: every one there is", weights=False)
     probe_sequences: int = key(16, "validation sequences of the fixed probe, in eval mode; 0: none", weights=False)
+    watch: str = key(
+        "all", "at every step: all (entropy, flags), residual (maximum and counts of each block) or off", weights=False
+    )
+    ring: int = key(64, "steps that the flight recorder holds, for a postmortem", weights=False)
+    warn_factor: float = key(
+        5.0, "warn when a layer's residual maximum exceeds its recent median so many times", weights=False
+    )
+    warn_window: int = key(32, "steps that recent is", weights=False)
 
 
 @dataclass
@@ -172,6 +182,23 @@ class LogConfig:
     wandb_project: str = key("normfree", "Weights & Biases project", weights=False)
     figures: bool = key(True, "draw the figures when training ends", weights=False)
     sample_prompt: str = key("def ", "start of the sample generated when training ends", weights=False)
+
+
+@dataclass
+class InjectConfig:
+    """One value that is not finite, planted on purpose, to see that it is found; a replay plants it again."""
+
+    step: int | None = key(None, "the optimizer step that meets it; null: nothing is planted")
+    module: str | None = key(None, "where: a module (blocks.1.mlp.fc), a weight of it (.weight), or its .exp_avg")
+    phase: str = key("forward", "forward, backward (a gradient) or optimizer (a moment)")
+    value: str = key("nan", "nan, inf or -inf")
+
+
+@dataclass
+class DebugConfig:
+    """For tests of the reports on faults."""
+
+    inject: InjectConfig = group(InjectConfig)
 
 
 @dataclass
@@ -190,6 +217,7 @@ class Config:
     train: TrainConfig = group(TrainConfig)
     diagnostics: DiagnosticsConfig = group(DiagnosticsConfig)
     log: LogConfig = group(LogConfig)
+    debug: DebugConfig = group(DebugConfig)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,6 +265,8 @@ def help_lines(cls: type = Config, prefix: str = "") -> Iterator[str]:
 def weights_hash(config: Config) -> str:
     """First 8 hex digits of the sha256 of every resolved setting that can change the weights, the seed aside."""
     settings = {name: value for name, value, weights in flat_keys(config) if weights}
+    if config.debug.inject.step is None:  # nothing is planted: these keys name nothing
+        settings = {name: value for name, value in settings.items() if not name.startswith("debug.")}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -277,6 +307,8 @@ def resolve(config: Config) -> Config:
         optim.warmup_steps = round(optim.warmup_fraction * train.max_steps)
     if train.micro_batch_size is None:
         train.micro_batch_size = train.batch_size
+    if config.diagnostics.statistics is None:
+        config.diagnostics.statistics = list(STATISTICS)
     return config
 
 

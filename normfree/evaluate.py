@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from normfree.config import Config, DataConfig, ModelConfig, resolve, resolve_vocabulary
@@ -32,10 +31,11 @@ from normfree.model import Transformer
 from normfree.plugins import load_plugin
 from normfree.records import RunWriter
 from normfree.rules import validate
-from normfree.runs import SITES, is_checkpoint, is_run, load_run, norm_label
+from normfree.runs import is_checkpoint, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training.evaluation import loss_metrics
 from normfree.training.machine import DTYPES
+from normfree.training.record import elements_by_site
 from normfree.training.session import versions
 
 KIND = "evaluation"  # in run.json: such a directory is replaced by the same command again
@@ -165,9 +165,7 @@ def write(directory: Path, config: Config, step: int, result: Measurement, metri
     writer.array("position_loss", step, result.position_loss, ("position",), "nats")
     for name, value in result.counts.items():
         writer.array(f"probe_{name}", step, value, ("site", "layer"), "elements")
-    N, T, model = result.sequences, len(result.position_loss), config.model
-    elements = [N * (model.n_head * T * T if site == "attn_probs" else T * model.n_embd) for site in SITES]
-    writer.array("probe_elements", step, np.array(elements, dtype=np.int64), ("site",), "elements")
+    writer.array("probe_elements", step, result.sequences * elements_by_site(config), ("site",), "elements")
     writer.close()
 
 

@@ -14,6 +14,7 @@ RANGES = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # of the ceiling;
 RANGE_NAMES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
 LOW = 0.25
 OVERLOADED = 0.75
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # of the rows of a head
 ONE_HOT = 1e-3  # attention is nearly one-hot where the mean of 1 - max p lies below this
 
 

@@ -9,33 +9,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from normfree.config import IGNORED
-from normfree.diagnostics import Observation, Recorder, Statistic
+from normfree.diagnostics import Observation, Recorder
+from normfree.diagnostics.statistics import InfCount, NaNCount, PositionEntropy
 from normfree.model import Transformer
 from normfree.model.losses import head_logits
-from normfree.tables import STATISTICS
 from normfree.training.evaluation import device_batches
 from normfree.training.machine import autocast
 
 LOGIT_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
 
 
-@STATISTICS.register("position_entropy")
-class PositionEntropy(Statistic):
-    """Entropy of each head's attention at each position, summed over sequences; zeros after the last position."""
+class PositionEntropySum(PositionEntropy):
+    """Entropy of each head's attention at each position, summed over sequences: batches differ in size."""
 
-    sites = ("attn_probs",)
     over_micro_batches = "sum"
     dtype = torch.float64
-    axes = ("head", "position")
-    unit = "nats"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.config.n_head, self.config.block_size)
 
     def measure(self, seen: Observation) -> Tensor:
-        total = seen.entropy.double().sum(dim=0)  # (H, T)
-        return F.pad(total, (0, self.config.block_size - total.size(1)))
+        return seen.entropy.double().sum(dim=0)  # (H, T)
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,8 @@ def measure_split(model: Transformer, rows: np.ndarray, batch_size: int = 8, pre
     device, T = model.wte.weight.device, rows.shape[1] - 1
     total = torch.zeros(T, dtype=torch.float64, device=device)
     count = torch.zeros(T, dtype=torch.int64, device=device)
-    recorder = Recorder(model, ["position_entropy", "nan_count", "inf_count"])
+    statistics = {"position_entropy": PositionEntropySum, "nan_count": NaNCount, "inf_count": InfCount}
+    recorder = Recorder(model, statistics, T)
     training = model.training
     model.eval()
     batches = -(-len(rows) // batch_size)
@@ -87,6 +79,6 @@ def measure_split(model: Transformer, rows: np.ndarray, batch_size: int = 8, pre
     finally:
         recorder.remove()
         model.train(training)
-    entropy = arrays.pop("position_entropy")[:, :, :T] / np.float32(len(rows))
+    entropy = arrays.pop("position_entropy") / np.float32(len(rows))
     position_loss = (total / count).float().cpu().numpy()
     return Measurement(len(rows), int(count.sum()), float(total.sum() / count.sum()), position_loss, entropy, arrays)

@@ -72,6 +72,11 @@ class RunWriter:
         merged = {name: strict(value) for name, value in (old | fields).items()}
         write_atomically(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
 
+    def event(self, event: dict[str, Any]) -> None:
+        """Add to the list `events` of run.json."""
+        old = json.loads((self.directory / "run.json").read_text(encoding="utf-8"))
+        self.status(events=[*old.get("events", []), event])
+
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         row = {"step": step} | {name: strict(value) for name, value in values.items()}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")

@@ -21,8 +21,11 @@ CHOICES: dict[str, Table | tuple[str, ...]] = {
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.compile": ("auto", "true", "false"),
+    "diagnostics.watch": ("all", "residual", "off"),
     "log.wandb": ("off", "offline", "online"),
     "nan_policy": ("raise", "skip", "log"),
+    "debug.inject.phase": ("forward", "backward", "optimizer"),
+    "debug.inject.value": ("nan", "inf", "-inf"),
 }
 
 # key: (lowest, highest, is the lowest itself allowed, is the highest)
@@ -67,7 +70,12 @@ RANGES = {
     "train.gpus": (1, 1, True, True),
     "log.every": (1, math.inf, True, False),
     "diagnostics.every": (0, math.inf, True, False),
+    "diagnostics.snapshot_every": (0, math.inf, True, False),
+    "diagnostics.ring": (1, 10**6, True, True),
+    "diagnostics.warn_factor": (1, math.inf, False, False),
+    "diagnostics.warn_window": (2, 10**6, True, True),
     "diagnostics.probe_sequences": (0, 10**6, True, True),
+    "debug.inject.step": (0, 10**12, True, True),
     "seed": (0, 2**63 - 1, True, True),
 }
 
@@ -123,7 +131,12 @@ def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
         yield f"name={config.name!r} becomes a folder under runs/: no '/', and no '.' at the start."
     if data.source == "files" and data.path is None:
         yield "data.path is null, but data.source=files needs a file, a folder or a glob."
-    for name in config.diagnostics.statistics:
+    inject = config.debug.inject
+    if (inject.step is None) != (inject.module is None):
+        yield "debug.inject needs both step and module (or neither)."
+    elif inject.step is not None and legal("train.max_steps", "debug.inject.step") and inject.step >= train.max_steps:
+        yield f"debug.inject.step={inject.step} is never reached: the last step is {train.max_steps - 1}."
+    for name in config.diagnostics.statistics or ():
         if name not in STATISTICS:
             yield "diagnostics.statistics: " + unknown("statistic", name, STATISTICS)
 

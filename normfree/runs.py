@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST = "MANIFEST.json"  # what a checkpoint directory has and a run directory has not
-SITES = ("block", "attn", "mlp", "attn_probs")  # where NaN and Inf are counted, in execution order from the output back
+# Where NaN and Inf are counted: outputs of block, attention and feed-forward, attention probabilities; queries, keys,
+# values; the feed-forward's hidden layer, after its activation. New ones go last: older records have the first of them.
+SITES = ("block", "attn", "mlp", "attn_probs", "q", "k", "v", "mlp_hidden")
+IN_ORDER = ("q", "k", "v", "attn_probs", "attn", "mlp_hidden", "mlp", "block")  # in which a block computes them
 TIMES = ("seconds", "tokens_per_second")  # the only scalars that two runs of the same bits may differ in
 
 
@@ -149,19 +152,19 @@ class Run:
     def counts(self) -> dict[str, np.ndarray]:
         """NaN elements by site: int64 (records, n_layer). `attn_probs` is over all heads (the original: / n_head)."""
         values = self.array("nan_count")[1]
-        return {site: values[:, i] for i, site in enumerate(SITES)}
+        return {site: values[:, i] for i, site in enumerate(SITES[: values.shape[1]])}
 
     @cached_property
     def inf_counts(self) -> dict[str, np.ndarray]:
         """Infinite elements by site; attention probabilities are never infinite."""
         values = self.array("inf_count")[1]
-        return {site: values[:, i] for i, site in enumerate(SITES)}
+        return {site: values[:, i] for i, site in enumerate(SITES[: values.shape[1]])}
 
     @cached_property
     def elements(self) -> dict[str, np.ndarray]:
         """How many elements were looked at, by site: int64 (records,), the denominators of `counts`."""
         values = self.array("elements")[1]
-        return {site: values[:, i] for i, site in enumerate(SITES)}
+        return {site: values[:, i] for i, site in enumerate(SITES[: values.shape[1]])}
 
     @property
     def checkpoints(self) -> list[tuple[int, Path]]:

@@ -20,7 +20,7 @@ from normfree.tables import NORMS, STATISTICS
 
 ROOT = Path(cli.__file__).parent.parent
 PLUGIN = ROOT / "examples" / "plugin.py"
-CHOICES = ["model.norm=max_abs", "diagnostics.statistics=[attn_entropy,resid_rms]"]
+CHOICES = ["model.norm=max_abs", "diagnostics.statistics=[attn_entropy,resid_median]"]
 SMALL = [
     "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "train.batch_size=4",
     "train.eval_tokens=64", "train.max_steps=2", "diagnostics.every=1", "diagnostics.probe_sequences=1",
@@ -35,7 +35,7 @@ def small(text_folder: Path) -> list[str]:
 
 def forget() -> None:
     """As in a process that has not seen the plug-in."""
-    for table, name in ((NORMS, "max_abs"), (STATISTICS, "resid_rms")):
+    for table, name in ((NORMS, "max_abs"), (STATISTICS, "resid_median")):
         if name in table:
             table.remove(name)
     cli._plugins.clear()
@@ -64,12 +64,12 @@ def test_the_run_trains_with_both_and_records_whose_code_it_was(command: Callabl
     assert run.status["plugins"] == [
         {"path": str(PLUGIN), "sha256": hashlib.sha256(PLUGIN.read_bytes()).hexdigest()},
     ]
-    steps, rms = run.array("resid_rms")
+    steps, rms = run.array("resid_median")
     assert steps.tolist() == [0, 1]
-    assert run.info("resid_rms").axes == ("layer",)
+    assert run.info("resid_median").axes == ("layer",)
     assert rms.shape == (2, 2)
     assert (rms > 0).all()
-    assert run.has("probe_resid_rms")
+    assert run.has("probe_resid_median")
     assert type(load_model("r").blocks[0].norm_1).__name__ == "MaxAbs"
 
 
@@ -81,14 +81,14 @@ def test_the_norm_and_the_statistic_do_what_they_say() -> None:
     for block in model.blocks:
         block.norm_1.register_forward_hook(lambda m, args, out: seen["norm"].append(out))
         block.register_forward_hook(lambda m, args, out: seen["block"].append(out))
-    recorder = Recorder(model, ["resid_rms"])
+    recorder = Recorder(model, ["resid_median"])
     recorder.start()
     with torch.no_grad():
         model(torch.arange(16)[None])
-    recorded = recorder.unpack(recorder.stop())["resid_rms"]
+    recorded = recorder.unpack(recorder.stop())["resid_median"]
     for out in seen["norm"]:
         assert out.abs().amax(-1) == pytest.approx(1, abs=0.01)
-    assert recorded == pytest.approx(np.array([(out.numpy() ** 2).mean() ** 0.5 for out in seen["block"]]))
+    assert recorded == pytest.approx(np.array([out.abs().median().item() for out in seen["block"]]))
 
 
 def test_a_parallel_sweep_loads_it_in_every_worker(small: list[str]) -> None:
@@ -100,14 +100,14 @@ def test_a_parallel_sweep_loads_it_in_every_worker(small: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     runs = [load_run(path) for path in sorted(Path("runs").glob("*-s1"))]
     assert [run.config.model.norm for run in runs] == ["max_abs", "none"]
-    assert all(run.has("resid_rms") and len(run.status["plugins"]) == 1 for run in runs)
+    assert all(run.has("resid_median") and len(run.status["plugins"]) == 1 for run in runs)
 
 
 def test_without_the_plug_in_the_missing_choice_is_named(command: Callable[..., int], capfd) -> None:
     assert command(*CHOICES) == EXIT_CONFIG
     error = capfd.readouterr().err
     assert "unknown choice 'max_abs'" in error
-    assert "unknown statistic 'resid_rms'" in error
+    assert "unknown statistic 'resid_median'" in error
     assert not Path("r").exists()
 
 
@@ -121,7 +121,7 @@ def test_a_run_can_be_read_without_the_plug_in_but_its_model_cannot(command: Cal
     forget()
     run = load_run("r")
     assert run.config.model.norm == "max_abs"
-    assert run.array("resid_rms")[1].shape == (2, 2)
+    assert run.array("resid_median")[1].shape == (2, 2)
     with pytest.raises(UserError, match=r"unknown norm 'max_abs'.*--plugin FILE"):
         load_model("r")
     load_plugin(PLUGIN)

@@ -1,125 +1,323 @@
 """Hooks that record statistics from the step's own forward pass.
 
-They are attached before the model is compiled, and each begins with one plain attribute, `enabled`: a compiled step has
-two variants, and the one without statistics runs nothing of them. Hooks that silently do not fire are the classic trap
-of torch.compile, so every write is counted on the device, and a record whose counts are wrong is an error.
+They are attached before the model is compiled, and each begins with one plain attribute, `level`: a compiled step has
+a variant for each level it ever runs at, and the one for "off" runs nothing of them. Hooks that silently do not fire
+are the classic trap of torch.compile, so every forward pass that records is counted on the device, and a record whose
+count is wrong is an error.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normfree.diagnostics.statistics import Observation, Statistic
+from normfree.diagnostics.census import Census, stack
+from normfree.diagnostics.statistics import Observation, ParameterStatistic, Statistic, Tensors
 from normfree.model import Transformer
-from normfree.runs import SITES
 from normfree.tables import STATISTICS
+
+
+class Group(NamedTuple):
+    """Statistics that share a buffer: measured at every step or for a record only, added up or the largest taken."""
+
+    when: str
+    kind: str
+
+
+INSIDE_ATTENTION = ("q", "k", "attn_probs")
+LEVELS = ("off", "residual", "all", "record")  # what runs inside a forward pass; each contains the one before
+
+
+def is_forward(name: str) -> bool:
+    """Whether a statistic is measured in the forward pass, by `Recorder`; else it is `ParameterRecorder`'s."""
+    return not issubclass(STATISTICS[name], ParameterStatistic)
 
 
 class Recorder:
     """Statistics of every layer, in preallocated device buffers.
 
         recorder = Recorder(model, ["attn_entropy", "nan_count"])
-        recorder.start(micro_batches=1)
+        recorder.start()
         model(idx, targets)
         values = recorder.unpack(recorder.stop().cpu())
 
-    Buffers: (n_layer, *shape), or (sites, n_layer, *shape) for a statistic of several sites.
+    Buffers: (n_layer, *shape), or (sites, n_layer, *shape) for a statistic of several sites. `statistics` may also map
+    names to classes that are in no table. `seq_len` is that of the batches; default: the model's block_size.
     """
 
-    def __init__(self, model: Transformer, names: Sequence[str]) -> None:
-        self.enabled = False
+    def __init__(
+        self,
+        model: Transformer,
+        statistics: Sequence[str] | Mapping[str, type[Statistic]],
+        seq_len: int | None = None,
+    ) -> None:
+        self.level = "off"
         self.n_layer = model.config.n_layer
-        device = model.wte.weight.device
-        self.statistics: dict[str, Statistic] = {name: STATISTICS[name](model.config) for name in names}
-        self.buffers = {name: self._allocate(s, device) for name, s in self.statistics.items()}
-        self.writes = torch.zeros(len(SITES), self.n_layer, dtype=torch.int64, device=device)
-        self.expected = torch.ones(1, dtype=torch.int64, device=device)  # micro-batches of this record
-        self._handles = [handle for i, block in enumerate(model.blocks) for handle in self._attach(block, i)]
+        self.device = model.wte.weight.device
+        classes = statistics if isinstance(statistics, Mapping) else {name: STATISTICS[name] for name in statistics}
+        seq_len = seq_len or model.config.block_size
+        self.statistics: dict[str, Statistic] = {name: cls(model.config, seq_len) for name, cls in classes.items()}
+        self.names = [name for name, s in self.statistics.items() if not s.snapshot]
+        self.snapshot_names = [name for name, s in self.statistics.items() if s.snapshot]
+        self.watch_names = [name for name, s in self.statistics.items() if s.every_step]
+        self._places, self._buffers = self._lay_out()
+        # micro-batches of this record, and forward passes that recorded
+        self.passes = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._seen: dict[str, list[Tensor]] = {}  # of the forward pass under way, one value a layer
+        self._handles = [handle for block in model.blocks for handle in self._attach(block)]
+        self._handles.append(model.final_norm.register_forward_pre_hook(self._take))
 
-    def _allocate(self, statistic: Statistic, device: torch.device) -> Tensor:
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        statistic = self.statistics[name]
         sites = (len(statistic.sites),) if len(statistic.sites) > 1 else ()
-        return torch.zeros(*sites, self.n_layer, *statistic.shape, dtype=statistic.dtype, device=device)
+        return (*sites, self.n_layer, *statistic.shape)
 
     def axes(self, name: str) -> tuple[str, ...]:
         statistic = self.statistics[name]
         return (("site",) if len(statistic.sites) > 1 else ()) + ("layer", *statistic.axes)
 
-    def _attach(self, block: nn.Module, layer: int) -> list[Any]:
+    def size(self, names: Sequence[str] | None = None) -> int:
+        """Length of the flat tensor."""
+        return 2 + sum(math.prod(self.shape(name)) for name in (self.statistics if names is None else names))
+
+    def _lay_out(self) -> tuple[dict[str, tuple[Group, int]], dict[Group, Tensor]]:
+        """A float64 buffer for each group of statistics, and where in them each has its place.
+
+        Statistics measured together share a buffer, so that a forward pass writes a few times, not once for each.
+        """
+        places, sizes = {}, dict[Group, int]()
+        for name, statistic in self.statistics.items():
+            when = "watch" if statistic.every_step else "record"
+            group = Group(when, "max" if statistic.over_micro_batches == "max" else "sum")
+            places[name] = (group, sizes.get(group, 0))
+            sizes[group] = sizes.get(group, 0) + math.prod(self.shape(name))
+        buffers = {g: torch.zeros(size, dtype=torch.float64, device=self.device) for g, size in sizes.items()}
+        return places, buffers
+
+    # -- in the forward pass ------------------------------------------------------------------------------------------
+
+    def _attach(self, block: nn.Module) -> list[Any]:
+        held: dict[str, Tensor] = {}  # v, until the attention's output says whether it is finite
+
         def on_output(site: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if self.enabled:
-                    self._write(layer, Observation(site, output))
+                if self.level != "off":
+                    self._measure(Observation(site, output))
+
+            return hook
+
+        def on_projection(site: str, inside: str) -> Callable[..., None]:
+            """Of a sublayer's last matrix: `inside` is what went into it, finite wherever its output is."""
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                if self.level != "off":
+                    seen = Observation(site, output)
+                    self._measure(seen)
+                    self._measure(Observation(inside, held.pop(inside, args[0]), gate=seen))
 
             return hook
 
         def on_attention(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, int], output: Tensor) -> None:
-            if self.enabled:
-                offset = kwargs.get("q_offset", 0)
-                q, k = args[0].detach(), args[1].detach()
-                self._write(layer, Observation("attn_probs", output, q, k, scale=module.scale, q_offset=offset))
+            if self.level != "off":
+                assert not kwargs.get("q_offset", 0), "with a key-value cache there is nothing to record"
+                if not any(self._wanted(s, site) for s in self.statistics.values() for site in INSIDE_ATTENTION):
+                    return
+                rows = self.level == "record" and bool(self.snapshot_names)
+                census = Census(args[0], args[1], module.scale, rows)
+                for site, tensor in zip(INSIDE_ATTENTION, (args[0], args[1], output), strict=True):
+                    self._measure(Observation(site, tensor, census))
+                held["v"] = args[2]
 
-        attn: Any = block.attn
+        attn, mlp = block.attn, block.mlp
+        assert isinstance(attn, nn.Module)
+        assert isinstance(mlp, nn.Module)
         return [
             block.register_forward_hook(on_output("block")),
-            attn.register_forward_hook(on_output("attn")),
-            block.mlp.register_forward_hook(on_output("mlp")),  # type: ignore[union-attr]
-            attn.inner_attention.register_forward_hook(on_attention, with_kwargs=True),
+            attn.proj.register_forward_hook(on_projection("attn", "v")),  # type: ignore[union-attr]
+            attn.inner_attention.register_forward_hook(on_attention, with_kwargs=True),  # type: ignore[union-attr]
+            mlp.fc.register_forward_hook(on_output("mlp_pre")),  # type: ignore[union-attr]
+            mlp.proj.register_forward_hook(on_projection("mlp", "mlp_hidden")),  # type: ignore[union-attr]
         ]
 
-    def _write(self, layer: int, seen: Observation) -> None:
+    def _wanted(self, statistic: Statistic, site: str) -> bool:
+        """Whether this level measures the statistic at this site."""
+        if site not in statistic.sites:
+            return False
+        if self.level == "record":
+            return True
+        return site in statistic.every_step and (self.level == "all" or site == "block")
+
+    def _measure(self, seen: Observation) -> None:
         with torch.no_grad():
             for name, statistic in self.statistics.items():
-                if seen.site not in statistic.sites:
-                    continue
-                buffer = self.buffers[name]
-                row = buffer[statistic.sites.index(seen.site), layer] if len(statistic.sites) > 1 else buffer[layer]
-                value = statistic.measure(seen).to(statistic.dtype)
-                if statistic.over_micro_batches == "max":
-                    row.copy_(torch.maximum(row, value))
-                else:
-                    row.add_(value)
-            self.writes[SITES.index(seen.site), layer].add_(1)
+                if self._wanted(statistic, seen.site):
+                    self._seen.setdefault(f"{name}/{seen.site}", []).append(statistic.measure(seen))
 
-    def start(self, micro_batches: int = 1) -> None:
-        """Clear the buffers and switch the hooks on for the next `micro_batches` forward passes."""
-        for name, statistic in self.statistics.items():
-            self.buffers[name].fill_(float("-inf") if statistic.over_micro_batches == "max" else 0)
-        self.writes.zero_()
-        self.expected.fill_(micro_batches)
-        self.enabled = True
+    def _take(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """After the last block: the layers' values together into the buffers."""
+        if self.level == "off":
+            return
+        with torch.no_grad():
+            for group, buffer in self._buffers.items():
+                if group.when == "record" and self.level != "record":
+                    continue
+                names = [name for name, (g, _) in self._places.items() if g == group]
+                values = torch.cat([part for name in names for part in self._values(name, group.kind)])
+                if group.kind == "max":
+                    buffer.copy_(torch.maximum(buffer, values))
+                else:
+                    buffer.add_(values)
+            self.passes[1].add_(1)
+        self._seen = {}
+
+    def _values(self, name: str, kind: str) -> list[Tensor]:
+        """Flat float64 tensors, site after site; where this level does not measure, what changes nothing."""
+        statistic, skipped = self.statistics[name], 0
+        parts: list[Tensor] = []
+        nothing = float("-inf") if kind == "max" else 0.0
+
+        def fill() -> None:  # one constant for neighbouring sites
+            if skipped:
+                size = skipped * self.n_layer * math.prod(statistic.shape)
+                parts.append(torch.full((size,), nothing, dtype=torch.float64, device=self.device))
+
+        for site in statistic.sites:
+            if self._wanted(statistic, site):
+                fill()
+                skipped = 0
+                parts.append(self._of_all_layers(name, site))
+            else:
+                skipped += 1
+        fill()
+        return parts
+
+    def _of_all_layers(self, name: str, site: str) -> Tensor:
+        values = self._seen[f"{name}/{site}"]
+        if len(values) != self.n_layer:
+            raise RuntimeError(f"{name} was measured at {site} in {len(values)} of {self.n_layer} layers")
+        return self.statistics[name].finish(stack(values)).flatten().double()
+
+    # -- around it ----------------------------------------------------------------------------------------------------
+
+    def start(self, micro_batches: int = 1, level: str = "record") -> None:
+        """Clear the buffers and record the next `micro_batches` forward passes at `level`, one of `LEVELS`."""
+        assert level in LEVELS, level
+        for group, buffer in self._buffers.items():
+            if group.when == "record" and level != "record":
+                continue
+            buffer.fill_(float("-inf") if group.kind == "max" else 0)
+        self.passes[0].fill_(micro_batches)
+        self.passes[1].zero_()
+        self._seen = {}
+        self.level = level
+
+    def flat(self, names: Sequence[str] | None = None) -> Tensor:
+        """What is recorded of `names` (default: of every statistic), as one float64 tensor, still on the device."""
+        parts = [self.passes]
+        for name in self.statistics if names is None else names:
+            group, start = self._places[name]
+            parts.append(self._buffers[group][start : start + math.prod(self.shape(name))])
+        return torch.cat(parts)
 
     def stop(self) -> Tensor:
-        """Switch the hooks off; everything recorded as one flat float64 tensor, still on the device."""
-        self.enabled = False
-        return torch.cat([t.flatten().double() for t in (self.expected, self.writes, *self.buffers.values())])
+        """Switch the hooks off; everything recorded as one flat tensor."""
+        self.level = "off"
+        return self.flat()
 
-    def unpack(self, flat: Tensor) -> dict[str, np.ndarray]:
-        """The arrays of a flat tensor on the host. Raises when a hook did not fire as often as it must."""
+    def unpack(self, flat: Tensor, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of a flat tensor on the host. Raises when the hooks did not fire as often as they must."""
         values = flat.numpy()
-        expected, values = int(values[0]), values[1:]
-        writes, values = values[: self.writes.numel()], values[self.writes.numel() :]
-        if not (writes == expected).all():
+        expected, passes = values[:2].astype(int).tolist()
+        if passes != expected:
             raise RuntimeError(
-                f"diagnostics hooks fired {writes.reshape(self.writes.shape).astype(int).tolist()} times "
-                f"by site and layer, not {expected} each: the record of this step would be wrong"
+                f"diagnostics hooks fired in {passes} forward passes, not {expected}: the record of this step would be "
+                "wrong"
             )
-        arrays = {}
-        for name, buffer in self.buffers.items():
-            part, values = values[: buffer.numel()], values[buffer.numel() :]
-            if self.statistics[name].over_micro_batches == "mean":
+        arrays, values = {}, values[2:]
+        for name in self.statistics if names is None else names:
+            size = math.prod(self.shape(name))
+            part, values = values[:size], values[size:]
+            statistic = self.statistics[name]
+            if statistic.over_micro_batches == "mean":
                 part = part / expected
-            dtype = np.int64 if buffer.dtype == torch.int64 else np.float32
-            arrays[name] = part.reshape(buffer.shape).astype(dtype)
+            dtype = np.int64 if statistic.dtype == torch.int64 else np.float32
+            arrays[name] = part.reshape(self.shape(name)).astype(dtype)
         return arrays
-
-    def size(self) -> int:
-        """Length of the flat tensor."""
-        return 1 + self.writes.numel() + sum(buffer.numel() for buffer in self.buffers.values())
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+
+
+class ParameterRecorder:
+    """Statistics of each layer's gradients, weights and updates, around the optimizer's step."""
+
+    def __init__(self, model: Transformer, names: Sequence[str]) -> None:
+        self.statistics: dict[str, ParameterStatistic] = {name: STATISTICS[name]() for name in names}
+        self.n_layer = model.config.n_layer
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        layers = [int(name.split(".")[1]) if name.startswith("blocks.") else self.n_layer for name, _ in named]
+        self.layers = torch.tensor(layers, device=self.parameters[0].device)  # n_layer: in no block
+        self._minus_before: list[Tensor] = []
+
+    def _names(self, of: str) -> list[str]:
+        return [name for name, s in self.statistics.items() if s.of == of]
+
+    def _measure(self, of: str, tensors: list[Tensor], norms: Tensor | None = None) -> list[Tensor]:
+        """A vector (n_layer + 1,), float64, for each statistic of that kind."""
+        seen, rows = Tensors(tensors, norms), []
+        for name in self._names(of):
+            statistic = self.statistics[name]
+            values = statistic.measure(seen).double()
+            total = torch.zeros(self.n_layer + 1, dtype=torch.float64, device=values.device)
+            if statistic.by_layer == "norm":
+                rows.append(total.index_add_(0, self.layers, values.square()).sqrt())
+            else:
+                rows.append(total.index_add_(0, self.layers, values))
+        return rows
+
+    def before_update(self, grad_norms: Tensor, weight_peaks: Tensor) -> list[Tensor]:
+        """After the backward pass: what is said of gradients and weights.
+
+        `grad_norms`, `weight_peaks`: norm of each gradient, largest magnitude of each weight, which are known already.
+        """
+        parts = []
+        if self._names("gradient"):
+            parts += self._measure("gradient", [p.grad for p in self.parameters if p.grad is not None], grad_norms)
+        weights = [p.detach() for p in self.parameters]
+        if self._names("parameter"):
+            parts += self._measure("parameter", weights, weight_peaks)
+        if self._names("update"):
+            self._minus_before = list(torch._foreach_neg(weights))
+        return parts
+
+    def after_update(self) -> list[Tensor]:
+        """After the optimizer's step: what is said of the updates."""
+        if not self._names("update"):
+            return []
+        updates, self._minus_before = self._minus_before, []
+        torch._foreach_add_(updates, [p.detach() for p in self.parameters])
+        return self._measure("update", updates)
+
+    def size(self) -> int:
+        return len(self.statistics) * (self.n_layer + 1)
+
+    def unpack(self, flat: Tensor) -> dict[str, np.ndarray]:
+        """The arrays of what `before_update` and `after_update` gave, joined and on the host."""
+        names = [name for of in ("gradient", "parameter", "update") for name in self._names(of)]
+        arrays = {}
+        for name, row in zip(names, flat.numpy().reshape(-1, self.n_layer + 1), strict=True):
+            statistic = self.statistics[name]
+            dtype = np.int64 if statistic.dtype == torch.int64 else np.float32
+            arrays[name] = row[: None if statistic.outside else -1].astype(dtype)
+        return arrays
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        return ("layer_or_outside",) if self.statistics[name].outside else ("layer",)

@@ -12,10 +12,11 @@ CHUNK_LOGITS = 1 << 21  # logits held at a time on the CPU: 8 MiB, which stay in
 
 
 class LossOutput(NamedTuple):
-    """`sum` of the losses of `count` targets, in nats, fp32; both 0-d."""
+    """`sum` of the losses of `count` targets, in nats, fp32; `bad_rows` of them are NaN or Inf. All 0-d."""
 
     sum: Tensor
     count: Tensor  # type: ignore[assignment]  # the field hides tuple.count, which nobody calls on a loss
+    bad_rows: Tensor
 
 
 def head_logits(hidden: Tensor, weight: Tensor, vocab_used: int) -> Tensor:
@@ -30,11 +31,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses, a few rows of logits at a time; their gradient is taken while they are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_used: int) -> Tensor:
-        """hidden (N, C), weight (V, C), targets (N,) -> 0-d"""
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_used: int) -> tuple[Tensor, Tensor]:
+        """hidden (N, C), weight (V, C), targets (N,) -> the sum and how many of its terms are not finite, both 0-d"""
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden, grad_weight = [], torch.zeros_like(weight) if wanted else None
         total = hidden.new_zeros(())
+        bad = torch.zeros((), dtype=torch.int64, device=hidden.device)
         rows = max(1, CHUNK_LOGITS // weight.size(0))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
@@ -45,7 +47,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             right = logits.gather(1, index) - top
             exp = logits.sub_(top).exp_()
             normalizer = exp.sum(-1, keepdim=True)
-            total += torch.where(kept, normalizer.log() - right, 0.0).sum()
+            losses = torch.where(kept, normalizer.log() - right, 0.0)
+            total += losses.sum()
+            bad += (~losses.isfinite()).sum()
             if grad_weight is not None:
                 grad = exp.mul_(kept / normalizer)  # softmax, then minus one-hot: the gradient of each row's loss
                 grad.scatter_add_(1, index, -kept.to(grad.dtype))
@@ -53,7 +57,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), hidden[part])
         if grad_weight is not None:
             ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
-        return total
+        ctx.mark_non_differentiable(bad)
+        return total, bad
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -75,7 +80,8 @@ class CrossEntropy:
         if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             if not torch.is_grad_enabled():  # which the function could not tell: nothing asks for gradients then
                 flat, weight = flat.detach(), weight.detach()
-            return LossOutput(_ChunkedCrossEntropy.apply(flat, weight, targets.flatten(), vocab_used), count)
+            total, bad = _ChunkedCrossEntropy.apply(flat, weight, targets.flatten(), vocab_used)
+            return LossOutput(total, count, bad)
         logits = head_logits(flat, weight, vocab_used)
-        loss = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return LossOutput(loss, count)
+        losses = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return LossOutput(losses.sum(), count, (~losses.isfinite()).sum())

@@ -12,17 +12,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normfree.diagnostics.finding import Finding
 from normfree.errors import EXIT_DIVERGED, UserError
 
 LAG = 2  # steps the host may be ahead of what it knows of the device
 
 
 class Diverged(UserError):
-    """Training met a loss or gradient that is not finite, and the policy is to stop."""
+    """Training met a value that is not finite, and the policy is to stop. `fault`: None where no step was traced."""
 
-    def __init__(self, step: int, message: str) -> None:
+    def __init__(self, step: int, message: str, fault: "Fault | None" = None) -> None:
         super().__init__(message, EXIT_DIVERGED)
         self.step = step
+        self.fault = fault
+
+
+class Fault(NamedTuple):
+    """The numbers of a bad step, and its first non-finite value; None where the traced step did not meet it again."""
+
+    finding: Finding | None
+    loss: float
+    grad_norm: float
 
 
 class FiniteFlag:

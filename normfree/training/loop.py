@@ -5,7 +5,6 @@ evaluation and the probe at s, and checkpoint s, which is written before any of 
 what was recorded from s on, and ends with the same bytes.
 """
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -17,15 +16,30 @@ from tqdm import tqdm
 from normfree.config import IGNORED, Config
 from normfree.data.batches import Batches, evaluation_rows
 from normfree.data.packing import Corpus
-from normfree.diagnostics import Recorder
+from normfree.diagnostics.finding import Finding
+from normfree.diagnostics.hooks import ParameterRecorder, Recorder, is_forward
+from normfree.diagnostics.inject import Injector
+from normfree.diagnostics.ring import Entry, Ring
+from normfree.diagnostics.trace import first_non_finite
 from normfree.model import Transformer, init_weights
 from normfree.runs import SITES
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults, machine
 from normfree.training.evaluation import bytes_per_token, evaluate_loss, loss_metrics
-from normfree.training.optimizer import GradientNorms, build_optimizer, clip_, set_learning_rate
-from normfree.training.record import Packed, Record, pack
+from normfree.training.optimizer import (
+    build_optimizer,
+    clip_,
+    gradient_norms,
+    moments,
+    partly_read,
+    peaks,
+    set_learning_rate,
+    trained,
+)
+from normfree.training.postmortem import Circumstances, write_postmortem
+from normfree.training.record import SCALARS, Due, Packed, Record, pack
 from normfree.training.schedules import learning_rate
+from normfree.training.step import StepInputs, micro_batches, seed_dropout
 
 
 class Trainer:
@@ -50,76 +64,132 @@ class Trainer:
         init_weights(self.model, config.seed)
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.norms = GradientNorms(self.model, config.model.n_layer)
+        self.parameters = trained(self.model)
+        self.partly_read = partly_read(self.model)
         self.flag = faults.FiniteFlag(config.nan_policy, device)
         self.optimizer.found_inf = self.flag.mask  # type: ignore[attr-defined]
         lowest = None if config.nan_policy == "log" else 1.0  # log goes on regardless, and so does its scaler
         self.scaler = faults.LossScaler(self.precision == "fp16", device, lowest=lowest)
         self.mailbox = faults.Mailbox(device)
-        self.recorder = Recorder(self.model, config.diagnostics.statistics)  # before anything is compiled
-        self.forward = machine.compiled(self.model, machine.choose_compile(config, device))
-        self.uses_dropout = any((config.model.dropout.embed, config.model.dropout.attn, config.model.dropout.resid))
+        # Hooks before anything is compiled; the injector's first, so that what is planted shows in the record.
+        self.injector = Injector(self.model, self.optimizer, config.debug.inject)
+        names = config.diagnostics.statistics
+        assert names is not None, "the configuration is not resolved"
+        self.recorder = Recorder(self.model, [n for n in names if is_forward(n)], seq_len)
+        self.parameter_recorder = ParameterRecorder(self.model, [n for n in names if not is_forward(n)])
+        self.set_watch(config.diagnostics.watch)
+        self.compiled = machine.choose_compile(config, device)
+        self.forward = machine.compiled(self.model, self.compiled)
         self.last_val = float("nan")
+
+    def set_watch(self, watch: str) -> None:
+        """What is measured at every step, and a ring that holds it."""
+        self.watch = watch
+        watched = self.recorder.size(self.recorder.watch_names) if watch != "off" else 0
+        self.ring = Ring(self.config.diagnostics.ring, len(SCALARS) + watched, self.device)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
     def micro_batch(self, rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
         """Rows (B, T + 1) as contiguous micro-batches of (idx, targets) on the device."""
-        tokens = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.chunk(self.micro_batches)]
+        return micro_batches(rows, self.micro_batches, self.device)
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Dropout of a micro-batch depends on (seed, step, micro-batch) alone: there is no state to save."""
-        if self.uses_dropout:
-            digest = hashlib.sha256(f"dropout/{self.config.seed}/{step}/{micro}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        seed_dropout(self.config, step, micro)
 
-    def train_step(self, step: int, record: bool, probe: Tensor | None) -> None:
+    def train_step(self, step: int, due: Due) -> None:
         """Forward, backward, judge, clip, masked update; post the step's numbers without waiting for them."""
         rows = self.batches.rows(step)
         count = int((rows[:, 1:] != IGNORED).sum())
         lr = learning_rate(step, self.config.train.max_steps, self.config.optim)
         set_learning_rate(self.optimizer, lr)
-        if record:
-            self.recorder.start(self.micro_batches)
-        total = torch.zeros((), device=self.device)
+        level = "record" if due.record else self.watch
+        if level != "off":
+            self.recorder.start(self.micro_batches, level)
+        loss, bad_rows = self.backward_passes(step, rows, count)
+
+        self.scaler.unscale_([p.grad for p in self.parameters if p.grad is not None])
+        norms = gradient_norms(self.parameters)
+        norm = norms.norm()
+        overflow = self.scaler.overflowed(norm.isfinite())
+        self.injector.before_optimizer(step)
+        finite = loss.isfinite() & (norm.isfinite() | overflow)
+        weight_peaks, state_finite = self.state(due.record)
+        self.flag.judge(finite & state_finite, step, overflow)
+
+        parts = [*self.head(loss, norm, bad_rows)]
+        if self.watch != "off":
+            parts.append(self.recorder.flat(self.recorder.watch_names))
+        self.ring.write(Entry(step, lr, step, level), pack(*parts))
+        if due.probe is not None:
+            parts.append(due.probe)
+        if due.record:
+            parts += self.recorded(due.snapshot)
+            parts += self.parameter_recorder.before_update(norms, weight_peaks)
+        self.recorder.level = "off"
+        if self.config.optim.grad_clip:
+            clip_(self.parameters, norm, self.config.optim.grad_clip)
+        self.optimizer.step()
+        if due.record:
+            parts += self.parameter_recorder.after_update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.injector.undo()
+        self.mailbox.post(step, pack(*parts), Packed(lr, due.record, due.probe is not None, due.snapshot))
+
+    def backward_passes(self, step: int, rows: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of every micro-batch; the mean loss, and how many of its terms are not finite."""
+        loss = torch.zeros((), device=self.device)
+        bad_rows = torch.zeros((), dtype=torch.int64, device=self.device)
         for i, (idx, targets) in enumerate(self.micro_batch(rows)):
             self.seed_dropout(step, i)
+            self.injector.before_forward(step, i)
             with machine.autocast(self.device, self.precision):
-                loss = self.forward(idx, targets).sum / count
-            (loss * self.scaler.scale).backward()
-            total += loss.detach()
-        flat = self.recorder.stop() if record else None
+                out = self.forward(idx, targets)
+                part = out.sum / count
+            (part * self.scaler.scale).backward()
+            loss += part.detach()
+            bad_rows += out.bad_rows
+        self.injector.after_backward(step)
+        return loss, bad_rows
 
-        self.scaler.unscale_([p.grad for p in self.norms.parameters if p.grad is not None])
-        norm, by_layer = self.norms()
-        grads_finite = norm.isfinite()
-        overflow = self.scaler.overflowed(grads_finite)
-        self.flag.judge(total.isfinite() & (grads_finite | overflow), step, overflow)
-        if self.config.optim.grad_clip:
-            clip_(self.norms.parameters, norm, self.config.optim.grad_clip)
-        slopes = self.model.slopes() if record else None
-        # Packed before the update: the slopes are this step's own.
-        values = pack(*self.head(total, norm), probe, flat, by_layer if record else None, slopes)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.mailbox.post(step, values, Packed(lr, train=record, probe=probe is not None))
+    def recorded(self, snapshot: bool) -> list[Tensor]:
+        """What a record holds of the training step, up to the update, in the order that `Record.take` expects."""
+        slopes = self.model.slopes()  # packed before the update: they are this step's own
+        parts = [] if slopes is None else [slopes.clone()]
+        parts.append(self.recorder.flat(self.recorder.names))
+        if snapshot:
+            parts.append(self.recorder.flat(self.recorder.snapshot_names))
+        return parts
 
-    def head(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, ...]:
+    def state(self, record: bool) -> tuple[Tensor, Tensor]:
+        """The largest magnitude of weights, and whether what the step read is finite, 0-d bool: before the update.
+
+        Finite gradients keep finite moments finite. So moments are looked at with a record, for memory gone bad, and
+        at every step where `debug.inject` plants something: its fault must stop the run at its own step.
+        """
+        weights = [p.detach() for p in self.parameters]
+        if record or self.injector.active:
+            found = peaks(weights + moments(self.optimizer))
+            return found[: len(weights)], found.isfinite().all()
+        tables = self.partly_read if self.watch != "off" else []
+        finite = peaks(tables).isfinite().all() if tables else torch.ones((), dtype=torch.bool, device=self.device)
+        return finite, finite
+
+    def head(self, loss: Tensor, grad_norm: Tensor, bad_rows: Tensor) -> tuple[Tensor, ...]:
         """The values that `record.SCALARS` names."""
-        return self.flag.first_bad, self.flag.bad_steps, loss, grad_norm, self.scaler.scale, self.scaler.skipped
+        flag, scaler = self.flag, self.scaler
+        return flag.first_bad, flag.bad_steps, loss, grad_norm, bad_rows, scaler.scale, scaler.skipped
 
     @torch.no_grad()
-    def probe(self) -> Tensor:
+    def probe(self, snapshot: bool = False) -> Tensor:
         """Statistics of the fixed validation sequences, in eval mode, by the raw module; still on the device."""
         self.model.eval()
         self.recorder.start()
         with machine.autocast(self.device, self.precision):
             self.model.hidden(self.probe_idx)
         self.model.train()
-        return self.recorder.stop()
+        self.recorder.level = "off"
+        return self.recorder.flat(self.recorder.names + self.recorder.snapshot_names * snapshot)
 
     # -- what happens between steps -------------------------------------------------------------------------------
 
@@ -128,7 +198,7 @@ class Trainer:
         for step, values, packed in self.mailbox.settled(everything):
             record.take(step, values, packed)
             if self.config.nan_policy == "raise" and values[0] >= 0:
-                raise self.autopsy(step, values, record, recorded=packed.train)
+                raise self.autopsy(step, values, record, recorded=packed.record)
 
     def autopsy(self, step: int, values: Tensor, record: Record, recorded: bool) -> faults.Diverged:
         """Where the bad step went wrong: its forward pass once more, with the weights still as they were before it."""
@@ -139,13 +209,55 @@ class Trainer:
                 self.model.hidden(idx)
         flat = self.recorder.stop().cpu()
         if not recorded:
-            record.write_arrays(step, flat, "", self.config.train.batch_size)
+            record.write_arrays(step, self.recorder.unpack(flat), "", self.config.train.batch_size)
         loss, norm = values[2].item(), values[3].item()
+        finding = self.trace(step)
+        where = self._where(flat) if finding is None else f"first of all, {finding.words()}"
         return faults.Diverged(
             step,
-            f"step {step}: the training loss is {loss:g} and the gradient norm {norm:g}; {self._where(flat)} "
+            f"step {step}: the training loss is {loss:g} and the gradient norm {norm:g}; {where} "
             f"The weights are as they were before that step. Try a lower optim.lr (now {self.config.optim.lr:g}) or a "
             f"longer optim.warmup_steps (now {self.config.optim.warmup_steps}); nan_policy=skip or log go on.",
+            faults.Fault(finding, loss, norm),
+        )
+
+    def trace(self, step: int) -> Finding | None:
+        """The first non-finite value of step `step`, met again eagerly with the weights as they are."""
+        inputs = StepInputs(self.config, step, self.batches.rows(step), self.device, self.precision)
+        return first_non_finite(
+            self.model,
+            inputs.losses(self.model),
+            step=step,
+            scale=self.scaler.scale,
+            optimizer=self.optimizer,
+            injector=self.injector,
+        )
+
+    def ring_arrays(self, until: int) -> dict[str, np.ndarray]:
+        """The flight recorder up to step `until` by name, (steps, ...); what a reader wants first comes first."""
+        entries, rows = self.ring.read(until)
+        scalars = {name: rows[:, i] for i, name in enumerate(SCALARS)}
+        arrays = {"step": np.array([e.step for e in entries]), "lr": np.array([e.lr for e in entries])}
+        arrays |= {name: scalars.pop(name) for name in ("loss", "grad_norm")}
+        names = self.recorder.watch_names if self.watch != "off" else []
+        watched = [self.recorder.unpack(torch.from_numpy(row[len(SCALARS) :]), names) for row in rows if names]
+        return arrays | {name: np.stack([w[name] for w in watched]) for name in names if watched} | scalars
+
+    def keep_postmortem(self, error: faults.Diverged, checkpoint: Path, plugins: list[dict[str, str]]) -> Path:
+        """Keep what running the bad step again needs; `checkpoint`: the state before it. Raises OSError."""
+        assert error.fault is not None, "the step was not traced"
+        finding, loss, norm = error.fault
+        lr = learning_rate(error.step, self.config.train.max_steps, self.config.optim)
+        return write_postmortem(
+            self.run_dir,
+            error.step,
+            self.config,
+            checkpoint=checkpoint,
+            rows=self.batches.rows(error.step),
+            indices=self.batches.indices(error.step),
+            finding=finding,
+            circumstances=Circumstances(loss, norm, lr, self.device.type, self.compiled, str(error), plugins),
+            ring=self.ring_arrays(error.step),
         )
 
     def _where(self, flat: Tensor) -> str:
@@ -186,35 +298,45 @@ class Trainer:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
+    def is_due(self, step: int, every: int) -> bool:
+        return step == self.config.train.max_steps or (every > 0 and step % every == 0)
+
+    def due(self, step: int) -> Due:
+        """What step `step` records; the probe is taken here."""
+        diagnostics = self.config.diagnostics
+        record = diagnostics.every > 0 and self.is_due(step, diagnostics.every)
+        snapshot = record and diagnostics.snapshot_every > 0 and self.is_due(step, diagnostics.snapshot_every)
+        return Due(record, snapshot, self.probe(snapshot) if record and diagnostics.probe_sequences else None)
+
+    def post_probe(self, step: int, due: Due) -> None:
+        """After the last update: the probe alone, no training step."""
+        if due.probe is not None:
+            nothing = torch.zeros((), device=self.device)
+            values = pack(*self.head(nothing, nothing, nothing), due.probe)
+            self.mailbox.post(step, values, Packed(probe=True, snapshot=due.snapshot))
+
     def fit(self, start: int, record: Record, progress: tqdm) -> None:
         config = self.config
         last, tokens = config.train.max_steps, config.train.batch_size * (config.data.seq_len or 0)
 
-        compiled: set[bool] = set()  # the variants, with and without statistics: the first step of each compiles
-
-        def due(step: int, every: int) -> bool:
-            return step == last or (every > 0 and step % every == 0)
-
+        compiled: set[bool] = set()  # the variants, with and without a record: the first step of each compiles
         for step in range(start, last + 1):
-            if due(step, config.train.checkpoint_every) and step > start:
+            if self.is_due(step, config.train.checkpoint_every) and step > start:
                 self.wait(record)
                 self.save(step)
-            if due(step, config.train.eval_every):
+            if self.is_due(step, config.train.eval_every):
                 self.wait(record)
                 self.evaluate(step, record)
-            recording = config.diagnostics.every > 0 and due(step, config.diagnostics.every)
-            probe = self.probe() if recording and config.diagnostics.probe_sequences else None
+            due = self.due(step)
             if step == last:
-                if probe is not None:
-                    nothing = torch.zeros((), device=self.device)
-                    self.mailbox.post(step, pack(*self.head(nothing, nothing), probe), Packed(probe=True))
+                self.post_probe(step, due)
                 break
             began = time.perf_counter()
-            self.train_step(step, recording, probe)
+            self.train_step(step, due)
             self.settle(record)
-            if recording in compiled:
+            if due.record in compiled:
                 record.clock(tokens, time.perf_counter() - began)
-            compiled.add(recording)
+            compiled.add(due.record)
             progress.update()
             progress.set_postfix_str(
                 f"loss {record.last_loss:.3f}, val {self.last_val:.3f}, {record.tokens_per_second:,.0f} tokens/s",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.config import OptimConfig
+from normfree.model import Transformer
 
 
 def decays(name: str, parameter: Tensor, config: OptimConfig) -> bool:
@@ -36,24 +37,36 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-class GradientNorms:
-    """Norms of the gradients: of each block, and of all parameters together."""
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, each once."""
+    return [p for p in model.parameters() if p.requires_grad]
 
-    def __init__(self, model: nn.Module, n_layer: int) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        layers = [int(name.split(".")[1]) if name.startswith("blocks.") else n_layer for name, _ in named]
-        device = self.parameters[0].device
-        self.layers = torch.tensor(layers, device=device)
-        self.n_layer = n_layer
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """(total 0-d, by layer (n_layer,)); a shared slope belongs to no layer."""
-        grads = [p.grad for p in self.parameters]
-        assert all(g is not None for g in grads), "a parameter took no part in the step"
-        norms = torch.stack(torch._foreach_norm(grads)).float()  # type: ignore[arg-type]
-        squares = torch.zeros(self.n_layer + 1, device=norms.device).index_add_(0, self.layers, norms.square())
-        return norms.norm(), squares[: self.n_layer].sqrt()
+def gradient_norms(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of each gradient, (parameters,) float32; NaN or Inf where it has one, or where its square overflows."""
+    grads = [p.grad for p in parameters]
+    assert all(g is not None for g in grads), "a parameter took no part in the step"
+    return torch.stack(torch._foreach_norm(grads)).float()  # type: ignore[arg-type]
+
+
+def partly_read(model: Transformer) -> list[Tensor]:
+    """The weights of which a step may leave rows unread: position and untied token embeddings.
+
+    A NaN or Inf in any other weight makes the loss NaN or Inf, so that these are all that is left to look at.
+    """
+    tables = [model.wpe.weight] if model.wpe is not None else []
+    if model.lm_head is not None:
+        tables.append(model.wte.weight)
+    return [table.detach() for table in tables]
+
+
+def peaks(tensors: list[Tensor]) -> Tensor:
+    """The largest magnitude of each tensor, (tensors,); NaN where it has one."""
+    return torch.stack(torch._foreach_norm(tensors, float("inf")))
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if t.ndim]
 
 
 def clip_(parameters: Iterable[Tensor], total_norm: Tensor, largest: float) -> None:

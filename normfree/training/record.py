@@ -1,42 +1,68 @@
 """The numbers of a step: packed on the device into one vector, unpacked on the host into the run's record."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from normfree.config import Config
-from normfree.diagnostics import Recorder
-from normfree.records import RunWriter
+from normfree.diagnostics.hooks import ParameterRecorder, Recorder
+from normfree.records import RunWriter, read_records
 from normfree.runs import SITES
+from normfree.training.alarms import Event, HeadAlarm, ResidualAlarm
 from normfree.training.views import Views
 
-SCALARS = ("first_bad", "bad_steps", "loss", "grad_norm", "loss_scale", "scaler_skips")
+SCALARS = ("first_bad", "bad_steps", "loss", "grad_norm", "bad_loss_rows", "loss_scale", "scaler_skips")
+
+
+class Due(NamedTuple):
+    """What a training step records beyond what every step does."""
+
+    record: bool = False
+    snapshot: bool = False
+    probe: Tensor | None = None  # the packed statistics of the probe, on the device
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What the vector of a step holds behind the six scalars."""
+    """What the vector of a step holds behind `SCALARS`: the watch, the probe, the record of the training step."""
 
     lr: float | None = None  # None: no training step, only the probe
-    train: bool = False
+    record: bool = False
     probe: bool = False
+    snapshot: bool = False
 
 
 class Record:
-    """Writes settled steps to the run directory and its views."""
+    """Writes settled steps to the run directory and its views, and says what they warn of."""
 
     def __init__(
-        self, config: Config, recorder: Recorder, writer: RunWriter, views: Views, probe_sequences: int, n_slopes: int
+        self,
+        config: Config,
+        recorder: Recorder,
+        parameter_recorder: ParameterRecorder,
+        writer: RunWriter,
+        views: Views,
+        probe_sequences: int,
+        n_slopes: int,
+        say: Callable[[str], None],
     ) -> None:
         self.config = config
-        self.probe_sequences = probe_sequences
         self.recorder = recorder
+        self.parameter_recorder = parameter_recorder
         self.writer = writer
         self.views = views
+        self.probe_sequences = probe_sequences
         self.n_slopes = n_slopes
+        self.say = say
+        diagnostics = config.diagnostics
+        self.residual = ResidualAlarm(diagnostics.warn_factor, diagnostics.warn_window, config.model.n_layer)
+        earlier = writer.directory / "arrays" / "max_score.bin"  # of a run that goes on
+        self.heads = HeadAlarm(config, read_records(earlier)["value"][-1] if earlier.exists() else None)
         self.last_loss = float("nan")
         self.started = time.monotonic()
         self.train_seconds = 0.0
@@ -64,26 +90,54 @@ class Record:
 
     def take(self, step: int, values: Tensor, packed: Packed) -> None:
         """Write what the packed vector of `step` holds."""
-        head = dict(zip(SCALARS, values[: len(SCALARS)].tolist(), strict=True))
-        rest = values[len(SCALARS) :]
+        parts = _Reader(values)
+        head = dict(zip(SCALARS, parts.next(len(SCALARS)).tolist(), strict=True))
         if packed.lr is not None:
             self.last_loss = head["loss"]
-            if step % self.config.log.every == 0 or packed.train or head["first_bad"] == step:
+            if step % self.config.log.every == 0 or packed.record or head["first_bad"] == step:
                 self._write_scalars(step, head, packed.lr)
+            if self.config.diagnostics.watch != "off":
+                self._watch(step, parts)
         if packed.probe:
-            self.write_arrays(step, rest[: self.recorder.size()], "probe_", self.probe_sequences)
-            rest = rest[self.recorder.size() :]
-        if packed.train:
-            self.write_arrays(step, rest[: self.recorder.size()], "", self.config.train.batch_size)
-            rest = rest[self.recorder.size() :]
-            n_layer = self.config.model.n_layer
-            self._array("grad_norm", step, rest[:n_layer].numpy().astype(np.float32), ("layer",), "")
-            if self.n_slopes:
-                axes = ("layer",) if self.n_slopes == n_layer else ("shared",)
-                self._array("act_slope", step, rest[n_layer:].numpy().astype(np.float32), axes, "")
+            names = self.recorder.names + self.recorder.snapshot_names * packed.snapshot
+            arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
+            self.write_arrays(step, arrays, "probe_", self.probe_sequences)
+        if packed.record:
+            self._training_record(step, parts, packed.snapshot)
+
+    def _watch(self, step: int, parts: "_Reader") -> None:
+        names = self.recorder.watch_names
+        arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
+        if "resid_max" in arrays:
+            self.events(self.residual.look(step, arrays["resid_max"]))
+
+    def _training_record(self, step: int, parts: "_Reader", snapshot: bool) -> None:
+        if self.n_slopes:
+            axes = ("layer",) if self.n_slopes == self.config.model.n_layer else ("shared",)
+            self._array("act_slope", step, parts.next(self.n_slopes).numpy().astype(np.float32), axes, "")
+        arrays: dict[str, np.ndarray] = {}
+        for names in (self.recorder.names, self.recorder.snapshot_names * snapshot):
+            if names:
+                arrays |= self.recorder.unpack(parts.next(self.recorder.size(names)), names)
+        self.write_arrays(step, arrays, "", self.config.train.batch_size)
+        for name, value in self.parameter_recorder.unpack(parts.next(self.parameter_recorder.size())).items():
+            unit = self.parameter_recorder.statistics[name].unit
+            self._array(name, step, value, self.parameter_recorder.axes(name), unit)
+        counts, events = self.heads.look(step, arrays)
+        for name, value in counts.items():
+            self._array(name, step, value, ("layer",), "heads")
+        self.events(events)
+
+    def events(self, events: list[Event]) -> None:
+        """Say them, and keep them in run.json."""
+        for event in events:
+            self.writer.event(event.to_dict())
+            self.say(event.text)
 
     def _write_scalars(self, step: int, head: dict[str, float], lr: float) -> None:
         row = {"train/loss": head["loss"], "lr": lr, "grad_norm": head["grad_norm"]}
+        if head["bad_loss_rows"]:
+            row["bad_loss_rows"] = int(head["bad_loss_rows"])
         if self.config.nan_policy != "raise":
             row["bad_steps"] = int(head["bad_steps"])
         if self.config.train.precision == "fp16":
@@ -91,15 +145,14 @@ class Record:
         rate = self._recent_rate()
         self.scalars(step, row if rate is None else row | {"tokens_per_second": rate})
 
-    def write_arrays(self, step: int, flat: Tensor, prefix: str, sequences: int) -> None:
-        for name, value in self.recorder.unpack(flat).items():
+    def write_arrays(self, step: int, arrays: dict[str, np.ndarray], prefix: str, sequences: int) -> None:
+        for name, value in arrays.items():
             self._array(prefix + name, step, value, self.recorder.axes(name), self.recorder.statistics[name].unit)
         self._array(f"{prefix}elements", step, self.elements(sequences), ("site",), "elements")
 
     def elements(self, sequences: int) -> np.ndarray:
         """How many numbers `nan_count` looks at, by site: int64 (sites,)."""
-        T, C, H = self.config.data.seq_len or 0, self.config.model.n_embd, self.config.model.n_head
-        return np.array([sequences * (H * T * T if site == "attn_probs" else T * C) for site in SITES], dtype=np.int64)
+        return sequences * elements_by_site(self.config)
 
     def _array(self, name: str, step: int, value: np.ndarray, axes: tuple[str, ...], unit: str) -> None:
         self.writer.array(name, step, value, axes, unit)
@@ -114,3 +167,22 @@ class Record:
 def pack(*parts: Tensor | None) -> Tensor:
     """One flat float64 vector on the device."""
     return torch.cat([p.detach().flatten().double() for p in parts if p is not None])
+
+
+def elements_by_site(config: Config) -> np.ndarray:
+    """Elements of one sequence at each of `SITES`: int64 (sites,)."""
+    T, model = config.data.seq_len or 0, config.model
+    sizes = {"attn_probs": model.n_head * T * T, "mlp_hidden": T * (model.n_inner or 0)}
+    return np.array([sizes.get(site, T * model.n_embd) for site in SITES], dtype=np.int64)
+
+
+class _Reader:
+    """Takes a flat vector apart from the front."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def next(self, size: int) -> Tensor:
+        part, self.values = self.values[:size], self.values[size:]
+        assert part.numel() == size, "the vector of this step is shorter than it must be"
+        return part

@@ -26,11 +26,12 @@ from normfree.data.tokenizer import save_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
 from normfree.records import RunWriter, truncate
-from normfree.runs import is_run, load_run, norm_label
+from normfree.runs import checkpoint_name, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training import machine
 from normfree.training.faults import Diverged
 from normfree.training.loop import Trainer
+from normfree.training.postmortem import fault_entry
 from normfree.training.record import Record
 from normfree.training.summary import closing_table
 from normfree.training.views import Views
@@ -213,7 +214,8 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         start = ckpt.load_training_state(trainer.model, trainer.optimizer, trainer.extra_state(), checkpoint)
     truncate(run_dir, start)
     config.resume = None  # done; the record is that of one run, however often it was interrupted
-    fresh = dict.fromkeys(("reason", "last_step", "tokens_per_second", "sample", "val/loss"))
+    fresh = dict.fromkeys(("reason", "last_step", "tokens_per_second", "sample", "val/loss", "fault"))
+    earlier = load_run(run_dir).status if is_run(run_dir) else {}
     writer = RunWriter(run_dir)
     writer.config(config)
     save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
@@ -221,6 +223,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     writer.status(
         status="running",
         warnings=[],
+        events=[event for event in earlier.get("events", []) if event["step"] < start],
         **fresh,
         started_from_step=start,
         parameters=counts,
@@ -242,7 +245,10 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     views = Views(run_dir, config, ceiling, start)
     slopes = trainer.model.slopes()
     n_slopes = 0 if slopes is None else slopes.numel()
-    record = Record(config, trainer.recorder, writer, views, len(trainer.probe_idx), n_slopes)
+    record = Record(
+        *(config, trainer.recorder, trainer.parameter_recorder, writer, views, len(trainer.probe_idx), n_slopes),
+        say=lambda text: tqdm.write(text, file=sys.stderr),
+    )
     seconds = 0.2 if sys.stderr.isatty() else 60  # a log file gets a line a minute
     try:
         with (
@@ -255,6 +261,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         return _finish(trainer, record, console)
     except Diverged as error:
         trainer.write_checkpoint(error.step)  # the state before the bad step
+        _keep_postmortem(trainer, record, error, plugins)
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
         console.print(f"diverged at {error}", style="bold red")
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
@@ -263,6 +270,19 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         raise
     finally:
         writer.close()
+
+
+def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins: list[dict[str, str]]) -> None:
+    """The postmortem, and `fault` in run.json. That it could not be written is a warning beside the divergence."""
+    if error.fault is None:
+        return
+    checkpoint = trainer.run_dir / "checkpoints" / checkpoint_name(error.step)
+    directory = None
+    try:
+        directory = trainer.keep_postmortem(error, checkpoint, plugins)
+    except (OSError, UserError) as problem:
+        record.views.problems.append(f"postmortem of step {error.step}: {problem}")
+    record.writer.status(fault=fault_entry(error.fault.finding, error.step, directory, trainer.run_dir))
 
 
 def _close(trainer: Trainer, record: Record, **status: Any) -> None:

@@ -34,8 +34,9 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def array(self, name: str, step: int, value: np.ndarray, axes: tuple[str, ...]) -> None:
-        if axes == ("layer", "head"):
+        if name.endswith("attn_entropy"):
             self.writer.add_image(f"{name}/heatmap", heatmap_image(value, self.ceiling), step)
+        if axes == ("layer", "head"):
             value, axes = value.mean(axis=1), ("layer",)
         if axes == ("layer",):
             for layer, number in enumerate(value):

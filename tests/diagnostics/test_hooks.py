@@ -7,6 +7,7 @@ import torch
 from normfree import register_statistic
 from normfree.config import ModelConfig
 from normfree.diagnostics import STATISTICS, Recorder, Statistic, attention_entropy
+from normfree.diagnostics.hooks import is_forward
 from normfree.model import Transformer, init_weights
 from normfree.runs import SITES
 
@@ -82,7 +83,7 @@ def test_hooks_that_do_not_fire_are_an_error(model):
     recorder = Recorder(model, NAMES)
     recorder.start(2)
     model(IDX)
-    with pytest.raises(RuntimeError, match="not 2 each"):
+    with pytest.raises(RuntimeError, match="1 forward passes, not 2"):
         recorder.unpack(recorder.stop())
 
 
@@ -91,7 +92,7 @@ def test_switched_off_they_write_nothing(model):
     recorder.start()
     recorder.stop()
     model(IDX)
-    assert recorder.writes.sum() == 0
+    assert recorder.passes[1] == 0
 
 
 def test_removed_they_are_gone(model):
@@ -101,8 +102,8 @@ def test_removed_they_are_gone(model):
 
 
 def test_a_statistic_of_ones_own(model):
-    @register_statistic("resid_max")
-    class ResidualMax(Statistic):
+    @register_statistic("my_max")
+    class MyMax(Statistic):
         over_micro_batches = "max"
 
         def measure(self, seen):
@@ -111,8 +112,38 @@ def test_a_statistic_of_ones_own(model):
     try:
         seen = []
         model.blocks[3].register_forward_hook(lambda m, args, out: seen.append(out.abs().max().item()))
-        found = record(model, ["resid_max"], passes=2)["resid_max"]
+        found = record(model, ["my_max"], passes=2)["my_max"]
         assert found.shape == (4,)
         assert found[3] == pytest.approx(seen[0])
     finally:
-        STATISTICS.remove("resid_max")
+        STATISTICS.remove("my_max")
+
+
+@pytest.mark.parametrize("level", ["residual", "all", "record"])
+def test_a_compiled_pass_records_what_an_eager_one_does(model, level):
+    """As one graph, at every level; the count of passes would raise if the hooks had been left out of it."""
+    recorder = Recorder(model, [name for name in STATISTICS if is_forward(name)])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    arrays = []
+    for forward in (model, compiled):
+        compiled(IDX, IDX)  # the level is "off": another variant
+        recorder.start(2, level)
+        for _ in range(2):
+            forward(IDX, IDX).sum.backward()
+        arrays.append(recorder.unpack(recorder.stop()))
+    for name, value in arrays[0].items():
+        assert arrays[1][name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
+
+
+def test_each_level_measures_what_it_says(model):
+    recorder = Recorder(model, [name for name in STATISTICS if is_forward(name)])
+    found = {}
+    for level in ("residual", "all", "record"):
+        recorder.start(level=level)
+        model(IDX)
+        found[level] = recorder.unpack(recorder.stop())
+    for name in recorder.watch_names:
+        assert found["all"][name] == pytest.approx(found["record"][name]), name
+    assert (found["residual"]["resid_max"] == found["record"]["resid_max"]).all()
+    assert (found["residual"]["attn_entropy"] == 0).all(), "not measured"
+    assert found["record"]["position_entropy"].mean(-1) == pytest.approx(found["all"]["attn_entropy"], abs=1e-6)

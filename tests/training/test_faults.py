@@ -11,22 +11,22 @@ from normfree.errors import EXIT_DIVERGED
 from normfree.runs import load_run
 from normfree.training.faults import FiniteFlag, LossScaler
 from normfree.training.loop import Trainer
-from normfree.training.optimizer import GradientNorms, build_optimizer
+from normfree.training.optimizer import build_optimizer, gradient_norms
 
 CPU = torch.device("cpu")
 
 
 def poison(monkeypatch, *steps, value=float("nan")):
     """Plant `value` in one gradient of the given steps."""
-    original, calls = GradientNorms.__call__, []
+    calls = []
 
-    def poisoned(self):
+    def poisoned(parameters):
         if len(calls) in steps:
-            self.parameters[-1].grad[0] = value
+            parameters[-1].grad[0] = value
         calls.append(0)
-        return original(self)
+        return gradient_norms(parameters)
 
-    monkeypatch.setattr(GradientNorms, "__call__", poisoned)
+    monkeypatch.setattr("normfree.training.loop.gradient_norms", poisoned)
 
 
 def weights(path):

@@ -1,0 +1,156 @@
+"""What looking inside costs a training step: python experiments/diagnostics_cost.py [--out FILE.json] [--profile]
+
+GPT-2 small (124 M parameters, vocabulary 50 304) without norms, ReLU, bf16, compiled, on a GPU: whole training steps of
+the trainer itself, on text, all variants in one process and interleaved, medians over rounds. The variants:
+
+    no hooks   the hooks taken off the model before it was compiled
+    off        diagnostics.watch=off, the hooks in place
+    residual   diagnostics.watch=residual: the flight recorder without entropy
+    all        diagnostics.watch=all: entropy, maximum score, residual maximum and counts, a finite flag of every site
+    tenth      diagnostics.watch=off and everything recorded at every tenth step
+    record     a step that records everything
+
+`--profile` prints the kernels that `all` adds.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from normfree.config import Config, resolve, resolve_vocabulary
+from normfree.data.packing import prepare
+from normfree.training import machine
+from normfree.training.loop import Trainer
+from normfree.training.record import Due
+from normfree.training.session import provenance, versions
+
+ROUNDS, STEPS = 8, 10
+
+
+def configuration(batch: int, T: int) -> Config:
+    config = Config()
+    config.model.norm, config.model.act = "none", "relu"
+    config.model.n_layer, config.model.n_head, config.model.n_embd, config.model.block_size = 12, 12, 768, 1024
+    config.model.vocab_size = 50304
+    config.optim.lr = 1e-4  # safe: a lost run would measure NaN
+    config.data.seq_len = T
+    config.train.batch_size, config.train.precision, config.train.compile = batch, "bf16", True
+    config.train.max_steps = 10**6
+    return resolve(config)
+
+
+def build(batch: int, T: int, hooks: bool) -> Trainer:
+    config = configuration(batch, T)
+    corpus = prepare(config.data)
+    resolve_vocabulary(config, corpus.tokenizer.n_vocab)
+    trainer = Trainer(config, corpus, Path("unused"), torch.device("cuda"))
+    if not hooks:
+        trainer.recorder.remove()
+    return trainer
+
+
+class Variant:
+    """A way to run steps of a trainer: what is watched, and every how many steps everything is recorded."""
+
+    def __init__(self, trainer: Trainer, watch: str, record_every: int = 0) -> None:
+        self.trainer, self.watch, self.every = trainer, watch, record_every
+        self.step = 0
+
+    def run(self, steps: int) -> float:
+        """Milliseconds a step."""
+        trainer = self.trainer
+        trainer.set_watch(self.watch)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for i in range(steps):
+            trainer.train_step(self.step, Due(record=bool(self.every) and i % self.every == 0))
+            trainer.mailbox.settled()
+            self.step += 1
+        torch.cuda.synchronize()
+        trainer.mailbox.settled(everything=True)
+        if self.watch != "off":  # raises where the hooks did not fire
+            trainer.recorder.unpack(trainer.recorder.flat().cpu())
+        return 1000 * (time.perf_counter() - began) / steps
+
+
+def measure(batch: int, T: int, profile: bool) -> dict[str, Any]:
+    # Two models of one shape share compiled graphs, unless the graph's guards ask for hooks.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    hooked, plain = build(batch, T, hooks=True), build(batch, T, hooks=False)
+    variants = {
+        "no hooks": Variant(plain, "off"),
+        "off": Variant(hooked, "off"),
+        "residual": Variant(hooked, "residual"),
+        "all": Variant(hooked, "all"),
+        "tenth": Variant(hooked, "off", 10),
+        "record": Variant(hooked, "off", 1),
+    }
+    for name, variant in variants.items():
+        began = time.perf_counter()
+        variant.run(3)
+        print(f"{batch} x {T} {name}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, variant in variants.items():
+            times[name].append(variant.run(STEPS))
+    if profile:
+        print_profile(variants)
+    assert int(hooked.flag.bad_steps) == int(plain.flag.bad_steps) == 0, "the steps were not finite"
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    row: dict[str, Any] = {"batch": batch, "T": T, "ms": medians}
+    # Round by round against the neighbour in time, so that a drift of the clock cancels.
+    base = {name: "no hooks" if name == "off" else "off" for name in variants if name != "no hooks"}
+    row["percent"] = {
+        name: 100 * float(np.median(np.array(times[name]) / np.array(times[other]) - 1)) for name, other in base.items()
+    }
+    quarter = np.percentile(np.array(times["off"]) / medians["off"] - 1, [25, 75]) * 100
+    row["spread_of_off_percent"] = [float(v) for v in quarter]
+    return row
+
+
+def print_profile(variants: dict[str, Variant]) -> None:
+    found = {}
+    for name in ("off", "all", "record"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            variants[name].run(2)
+        found[name] = {e.key: (e.self_device_time_total / 2000, e.count / 2) for e in profile.key_averages()}
+        total = sum(t for t, _ in found[name].values())
+        print(f"-- {name}: {total:.2f} ms in kernels, {sum(n for _, n in found[name].values()):.0f} of them")
+    for name in ("all", "record"):
+        new = {k: v for k, v in found[name].items() if k not in found["off"] or v[1] != found["off"][k][1]}
+        gone = {k: v for k, v in found["off"].items() if k not in found[name]}
+        added, less = (sum(t for t, _ in kernels.values()) for kernels in (new, gone))
+        print(f"-- {name}, not in off: {added:.3f} ms; gone: {less:.3f} ms")
+        for key, (t, n) in sorted(new.items(), key=lambda item: -item[1][0])[:22]:
+            print(f"   {t:8.3f} ms {n:5.0f}  {key[:110]}")
+        for key, (t, n) in sorted(gone.items(), key=lambda item: -item[1][0])[:8]:
+            print(f"  -{t:8.3f} ms {n:5.0f}  {key[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="FILE.json")
+    parser.add_argument("--shapes", nargs="+", default=["512x128", "64x1024"])
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    rows = []
+    for shape in options.shapes:
+        batch, T = map(int, shape.split("x"))
+        with machine.process_flags(False):
+            rows.append(measure(batch, T, options.profile))
+    for row in rows:
+        print(f"{row['batch']} x {row['T']}: " + ", ".join(f"{n} {v:.2f} ms" for n, v in row["ms"].items()))
+        print("   " + ", ".join(f"{n} {v:+.2f} %" for n, v in row["percent"].items()))
+    if options.out:
+        about = {"device": torch.cuda.get_device_name(), "versions": versions()}
+        with open(options.out, "w") as file:
+            json.dump(about | provenance() | {"rounds": ROUNDS, "steps": STEPS, "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a run warns of while it trains: residuals that leave their range, and heads that overload or collapse.
+
+Everything here happens on the host, on numbers that were written anyway.
+"""
+
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from normfree import heads
+from normfree.config import Config
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth saying. `kind`: early_warning, overloaded, collapsed or non_finite; `layer`: the lowest."""
+
+    step: int
+    kind: str
+    layer: int | None
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layers_in_words(layers: np.ndarray) -> str:
+    """[0, 1, 2, 5] -> "layers 0-2, 5"."""
+    runs = np.split(layers, np.flatnonzero(np.diff(layers) > 1) + 1)
+    parts = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ("layer " if len(layers) == 1 else "layers ") + parts
+
+
+class ResidualAlarm:
+    """Fires when a layer's residual maximum exceeds `factor` times its median over the last `window` steps.
+
+    The median, because growth that doubles at every step drags a maximum along with it. Once a layer; again after it
+    came back. Nothing non-finite enters the window.
+    """
+
+    def __init__(self, factor: float, window: int, n_layer: int) -> None:
+        self.factor = factor
+        self.recent: deque[np.ndarray] = deque(maxlen=window)
+        self.ringing = np.zeros(n_layer, dtype=bool)
+
+    def look(self, step: int, resid_max: np.ndarray) -> list[Event]:
+        """`resid_max` (n_layer,) of one step."""
+        if not np.isfinite(resid_max).all():
+            return []
+        events = []
+        if len(self.recent) == self.recent.maxlen:
+            median = np.median(self.recent, axis=0)
+            high = resid_max > self.factor * median
+            new = np.flatnonzero(high & ~self.ringing)
+            self.ringing = high
+            if len(new):
+                worst = new[np.argmax(resid_max[new] / median[new])]
+                text = (
+                    f"step {step}: the residual stream leaves its range in {layers_in_words(new)}: up to "
+                    f"{resid_max[worst]:.3g} after layer {worst}, {resid_max[worst] / median[worst]:.1f} times its "
+                    f"median over the last {len(self.recent)} steps"
+                )
+                events.append(Event(step, "early_warning", int(new[0]), text))
+        self.recent.append(resid_max)
+        return events
+
+
+class HeadAlarm:
+    """Counts overloaded and collapsed heads by layer (`normfree.heads`), and says when a layer has more of them."""
+
+    def __init__(self, config: Config, earlier_max_score: np.ndarray | None = None) -> None:
+        self.T = config.data.seq_len or 1
+        self.after = max(1, config.optim.warmup_steps or 0)  # at the start every head is as even as can be
+        self.n_head = config.model.n_head
+        self.earlier = earlier_max_score
+        self.overloaded = np.zeros(config.model.n_layer, dtype=bool)
+        self.collapsed = np.zeros(config.model.n_layer, dtype=np.int64)
+
+    def look(self, step: int, arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Event]]:
+        """Of one record's arrays, (n_layer, n_head) each: the counts (n_layer,), and what they give to say."""
+        counts: dict[str, np.ndarray] = {}
+        if "attn_entropy" in arrays:
+            counts["overloaded"] = heads.is_overloaded(arrays["attn_entropy"], self.T).sum(-1, dtype=np.int64)
+        if {"attn_entropy", "max_score", "one_minus_max"} <= arrays.keys():
+            earlier = np.full_like(arrays["max_score"], np.nan) if self.earlier is None else self.earlier
+            collapsed = heads.is_collapsed(
+                arrays["attn_entropy"],
+                self.T,
+                one_minus_max=arrays["one_minus_max"],
+                max_score=arrays["max_score"],
+                earlier_max_score=earlier,
+            )
+            self.earlier = arrays["max_score"]
+            counts["collapsed"] = collapsed.sum(-1, dtype=np.int64)
+        return counts, self._events(step, counts)
+
+    def _events(self, step: int, counts: dict[str, np.ndarray]) -> list[Event]:
+        events = []
+        if "overloaded" in counts and step >= self.after:
+            most = counts["overloaded"] > self.n_head / 2
+            new = np.flatnonzero(most & ~self.overloaded)
+            self.overloaded = most
+            if len(new):
+                text = (
+                    f"step {step}: most heads of {layers_in_words(new)} are overloaded (entropy >= 3/4 of its ceiling)"
+                )
+                events.append(Event(step, "overloaded", int(new[0]), text))
+        if "collapsed" in counts:
+            new = np.flatnonzero(counts["collapsed"] > self.collapsed)
+            self.collapsed = counts["collapsed"]
+            if len(new):
+                n = int(counts["collapsed"][new].sum())
+                text = (
+                    f"step {step}: {n} head{'s' * (n > 1)} of {layers_in_words(new)} collapsed (low entropy, nearly "
+                    "one-hot, and the largest score rising)"
+                )
+                events.append(Event(step, "collapsed", int(new[0]), text))
+        return events
