@@ -8,7 +8,6 @@ the trainer itself, on text, all variants in one process and interleaved, median
     residual   diagnostics.watch=residual: the flight recorder without entropy
     all        diagnostics.watch=all: entropy, maximum score, residual maximum and counts, a finite flag of every site
     tenth      diagnostics.watch=off and everything recorded at every tenth step
-    record     a step that records everything
 
 `--profile` prints the kernels that `all` adds.
 """
@@ -29,7 +28,7 @@ from normfree.training.loop import Trainer
 from normfree.training.record import Due
 from normfree.training.session import provenance, versions
 
-ROUNDS, STEPS = 8, 10
+STEPS = 10  # of a variant at a time
 
 
 def configuration(batch: int, T: int) -> Config:
@@ -68,7 +67,7 @@ class Variant:
         torch.cuda.synchronize()
         began = time.perf_counter()
         for i in range(steps):
-            trainer.train_step(self.step, Due(record=bool(self.every) and i % self.every == 0))
+            trainer.train_step(self.step, Due(record=bool(self.every) and i % self.every == self.every // 2))
             trainer.mailbox.settled()
             self.step += 1
         torch.cuda.synchronize()
@@ -78,7 +77,7 @@ class Variant:
         return 1000 * (time.perf_counter() - began) / steps
 
 
-def measure(batch: int, T: int, profile: bool) -> dict[str, Any]:
+def measure(batch: int, T: int, rounds: int, profile: bool) -> dict[str, Any]:
     # Two models of one shape share compiled graphs, unless the graph's guards ask for hooks.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     hooked, plain = build(batch, T, hooks=True), build(batch, T, hooks=False)
@@ -88,14 +87,13 @@ def measure(batch: int, T: int, profile: bool) -> dict[str, Any]:
         "residual": Variant(hooked, "residual"),
         "all": Variant(hooked, "all"),
         "tenth": Variant(hooked, "off", 10),
-        "record": Variant(hooked, "off", 1),
     }
     for name, variant in variants.items():
         began = time.perf_counter()
-        variant.run(3)
+        variant.run(6)
         print(f"{batch} x {T} {name}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, variant in variants.items():
             times[name].append(variant.run(STEPS))
     if profile:
@@ -115,13 +113,13 @@ def measure(batch: int, T: int, profile: bool) -> dict[str, Any]:
 
 def print_profile(variants: dict[str, Variant]) -> None:
     found = {}
-    for name in ("off", "all", "record"):
+    for name in ("off", "all", "tenth"):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            variants[name].run(2)
-        found[name] = {e.key: (e.self_device_time_total / 2000, e.count / 2) for e in profile.key_averages()}
+            variants[name].run(10)
+        found[name] = {e.key: (e.self_device_time_total / 10_000, e.count / 10) for e in profile.key_averages()}
         total = sum(t for t, _ in found[name].values())
         print(f"-- {name}: {total:.2f} ms in kernels, {sum(n for _, n in found[name].values()):.0f} of them")
-    for name in ("all", "record"):
+    for name in ("all", "tenth"):
         new = {k: v for k, v in found[name].items() if k not in found["off"] or v[1] != found["off"][k][1]}
         gone = {k: v for k, v in found["off"].items() if k not in found[name]}
         added, less = (sum(t for t, _ in kernels.values()) for kernels in (new, gone))
@@ -136,20 +134,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="FILE.json")
     parser.add_argument("--shapes", nargs="+", default=["512x128", "64x1024"])
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     rows = []
     for shape in options.shapes:
         batch, T = map(int, shape.split("x"))
         with machine.process_flags(False):
-            rows.append(measure(batch, T, options.profile))
+            rows.append(measure(batch, T, options.rounds, options.profile))
     for row in rows:
         print(f"{row['batch']} x {row['T']}: " + ", ".join(f"{n} {v:.2f} ms" for n, v in row["ms"].items()))
         print("   " + ", ".join(f"{n} {v:+.2f} %" for n, v in row["percent"].items()))
     if options.out:
         about = {"device": torch.cuda.get_device_name(), "versions": versions()}
         with open(options.out, "w") as file:
-            json.dump(about | provenance() | {"rounds": ROUNDS, "steps": STEPS, "rows": rows}, file, indent=2)
+            json.dump(about | provenance() | {"rounds": options.rounds, "steps": STEPS, "rows": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 
 from normfree import heads
 from normfree.config import Config
+from normfree.runs import IN_ORDER
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,27 @@ def layers_in_words(layers: np.ndarray) -> str:
     runs = np.split(layers, np.flatnonzero(np.diff(layers) > 1) + 1)
     parts = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return ("layer " if len(layers) == 1 else "layers ") + parts
+
+
+def first_fault(step: int, arrays: dict[str, np.ndarray], sites: tuple[str, ...]) -> Event:
+    """Where the first non-finite step of a run that goes on went wrong, by what is measured at every step.
+
+    `sites`: those of the array `peak`.
+    """
+    flags = {site: ~np.isfinite(arrays["peak"][i]) for i, site in enumerate(sites)} if "peak" in arrays else {}
+    if "attn_entropy" in arrays:
+        flags["attn_probs"] = np.isnan(arrays["attn_entropy"]).any(-1)
+    if "resid_max" in arrays:
+        flags["block"] = ~np.isfinite(arrays["resid_max"])
+    for layer in range(max((len(bad) for bad in flags.values()), default=0)):
+        for site in IN_ORDER:
+            if site in flags and flags[site][layer]:
+                where = "the block's output" if site == "block" else site
+                return Event(
+                    step, "non_finite", layer, f"step {step}: the first NaN or Inf, in {where} of layer {layer}"
+                )
+    text = f"step {step}: the first NaN or Inf, in the head, the loss, the backward pass or a weight"
+    return Event(step, "non_finite", None, text)
 
 
 class ResidualAlarm:

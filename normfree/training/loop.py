@@ -16,15 +16,13 @@ from tqdm import tqdm
 from normfree.config import IGNORED, Config
 from normfree.data.batches import Batches, evaluation_rows
 from normfree.data.packing import Corpus
-from normfree.diagnostics.finding import Finding
 from normfree.diagnostics.hooks import ParameterRecorder, Recorder, is_forward
 from normfree.diagnostics.inject import Injector
 from normfree.diagnostics.ring import Entry, Ring
-from normfree.diagnostics.trace import first_non_finite
 from normfree.model import Transformer, init_weights
-from normfree.runs import SITES
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults, machine
+from normfree.training.autopsy import autopsy
 from normfree.training.evaluation import bytes_per_token, evaluate_loss, loss_metrics
 from normfree.training.optimizer import (
     build_optimizer,
@@ -36,10 +34,9 @@ from normfree.training.optimizer import (
     set_learning_rate,
     trained,
 )
-from normfree.training.postmortem import Circumstances, write_postmortem
 from normfree.training.record import SCALARS, Due, Packed, Record, pack
 from normfree.training.schedules import learning_rate
-from normfree.training.step import StepInputs, micro_batches, seed_dropout
+from normfree.training.step import micro_batches, seed_dropout
 
 
 class Trainer:
@@ -198,77 +195,7 @@ class Trainer:
         for step, values, packed in self.mailbox.settled(everything):
             record.take(step, values, packed)
             if self.config.nan_policy == "raise" and values[0] >= 0:
-                raise self.autopsy(step, values, record, recorded=packed.record)
-
-    def autopsy(self, step: int, values: Tensor, record: Record, recorded: bool) -> faults.Diverged:
-        """Where the bad step went wrong: its forward pass once more, with the weights still as they were before it."""
-        self.recorder.start(self.micro_batches)
-        with torch.no_grad(), machine.autocast(self.device, self.precision):
-            for i, (idx, _) in enumerate(self.micro_batch(self.batches.rows(step))):
-                self.seed_dropout(step, i)
-                self.model.hidden(idx)
-        flat = self.recorder.stop().cpu()
-        if not recorded:
-            record.write_arrays(step, self.recorder.unpack(flat), "", self.config.train.batch_size)
-        loss, norm = values[2].item(), values[3].item()
-        finding = self.trace(step)
-        where = self._where(flat) if finding is None else f"first of all, {finding.words()}"
-        return faults.Diverged(
-            step,
-            f"step {step}: the training loss is {loss:g} and the gradient norm {norm:g}; {where} "
-            f"The weights are as they were before that step. Try a lower optim.lr (now {self.config.optim.lr:g}) or a "
-            f"longer optim.warmup_steps (now {self.config.optim.warmup_steps}); nan_policy=skip or log go on.",
-            faults.Fault(finding, loss, norm),
-        )
-
-    def trace(self, step: int) -> Finding | None:
-        """The first non-finite value of step `step`, met again eagerly with the weights as they are."""
-        inputs = StepInputs(self.config, step, self.batches.rows(step), self.device, self.precision)
-        return first_non_finite(
-            self.model,
-            inputs.losses(self.model),
-            step=step,
-            scale=self.scaler.scale,
-            optimizer=self.optimizer,
-            injector=self.injector,
-        )
-
-    def ring_arrays(self, until: int) -> dict[str, np.ndarray]:
-        """The flight recorder up to step `until` by name, (steps, ...); what a reader wants first comes first."""
-        entries, rows = self.ring.read(until)
-        scalars = {name: rows[:, i] for i, name in enumerate(SCALARS)}
-        arrays = {"step": np.array([e.step for e in entries]), "lr": np.array([e.lr for e in entries])}
-        arrays |= {name: scalars.pop(name) for name in ("loss", "grad_norm")}
-        names = self.recorder.watch_names if self.watch != "off" else []
-        watched = [self.recorder.unpack(torch.from_numpy(row[len(SCALARS) :]), names) for row in rows if names]
-        return arrays | {name: np.stack([w[name] for w in watched]) for name in names if watched} | scalars
-
-    def keep_postmortem(self, error: faults.Diverged, checkpoint: Path, plugins: list[dict[str, str]]) -> Path:
-        """Keep what running the bad step again needs; `checkpoint`: the state before it. Raises OSError."""
-        assert error.fault is not None, "the step was not traced"
-        finding, loss, norm = error.fault
-        lr = learning_rate(error.step, self.config.train.max_steps, self.config.optim)
-        return write_postmortem(
-            self.run_dir,
-            error.step,
-            self.config,
-            checkpoint=checkpoint,
-            rows=self.batches.rows(error.step),
-            indices=self.batches.indices(error.step),
-            finding=finding,
-            circumstances=Circumstances(loss, norm, lr, self.device.type, self.compiled, str(error), plugins),
-            ring=self.ring_arrays(error.step),
-        )
-
-    def _where(self, flat: Tensor) -> str:
-        arrays = self.recorder.unpack(flat)
-        counts = [arrays[name] for name in ("nan_count", "inf_count") if name in arrays]
-        if not counts:
-            return "diagnostics.statistics has no nan_count, so the layer is not known."
-        bad = np.sum(counts, axis=0)[SITES.index("block")] > 0
-        if not bad.any():
-            return "every block's output is finite, so it arose in the head, the loss or the backward pass."
-        return f"the first block with NaN or Inf in its output is block {int(bad.argmax())}."
+                raise autopsy(self, step, values, record, recorded=packed.record)
 
     def evaluate(self, step: int, record: Record) -> None:
         micro = self.config.train.micro_batch_size or 1

@@ -13,7 +13,7 @@ from normfree.config import Config
 from normfree.diagnostics.hooks import ParameterRecorder, Recorder
 from normfree.records import RunWriter, read_records
 from normfree.runs import SITES
-from normfree.training.alarms import Event, HeadAlarm, ResidualAlarm
+from normfree.training.alarms import Event, HeadAlarm, ResidualAlarm, first_fault
 from normfree.training.views import Views
 
 SCALARS = ("first_bad", "bad_steps", "loss", "grad_norm", "bad_loss_rows", "loss_scale", "scaler_skips")
@@ -97,7 +97,7 @@ class Record:
             if step % self.config.log.every == 0 or packed.record or head["first_bad"] == step:
                 self._write_scalars(step, head, packed.lr)
             if self.config.diagnostics.watch != "off":
-                self._watch(step, parts)
+                self._watch(step, parts, first_bad=head["first_bad"] == step)
         if packed.probe:
             names = self.recorder.names + self.recorder.snapshot_names * packed.snapshot
             arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
@@ -105,11 +105,16 @@ class Record:
         if packed.record:
             self._training_record(step, parts, packed.snapshot)
 
-    def _watch(self, step: int, parts: "_Reader") -> None:
+    def _watch(self, step: int, parts: "_Reader", first_bad: bool) -> None:
         names = self.recorder.watch_names
         arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
         if "resid_max" in arrays:
             self.events(self.residual.look(step, arrays["resid_max"]))
+        if first_bad and self.config.nan_policy != "raise":  # which has an autopsy
+            if self.config.diagnostics.watch == "residual":
+                arrays = {name: value for name, value in arrays.items() if name == "resid_max"}
+            peak_sites = self.recorder.statistics["peak"].sites if "peak" in arrays else ()
+            self.events([first_fault(step, arrays, peak_sites)])
 
     def _training_record(self, step: int, parts: "_Reader", snapshot: bool) -> None:
         if self.n_slopes:

@@ -29,6 +29,7 @@ from normfree.records import RunWriter, truncate
 from normfree.runs import checkpoint_name, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training import machine
+from normfree.training.autopsy import keep_postmortem
 from normfree.training.faults import Diverged
 from normfree.training.loop import Trainer
 from normfree.training.postmortem import fault_entry
@@ -279,7 +280,7 @@ def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins:
     checkpoint = trainer.run_dir / "checkpoints" / checkpoint_name(error.step)
     directory = None
     try:
-        directory = trainer.keep_postmortem(error, checkpoint, plugins)
+        directory = keep_postmortem(trainer, error, checkpoint, plugins)
     except (OSError, UserError) as problem:
         record.views.problems.append(f"postmortem of step {error.step}: {problem}")
     record.writer.status(fault=fault_entry(error.fault.finding, error.step, directory, trainer.run_dir))
