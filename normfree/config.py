@@ -162,8 +162,11 @@ class DiagnosticsConfig:
     )
     statistics: list[str] | None = key(None, "which statistics are recorded; null: every one there is", weights=False)
     probe_sequences: int = key(16, "validation sequences of the fixed probe, in eval mode; 0: none", weights=False)
-    watch: str = key(
-        "all", "at every step: all (entropy, flags), residual (maximum and counts of each block) or off", weights=False
+    watch: str | None = key(
+        None,
+        "at every step: all (entropy, flags), residual (maximum and counts of blocks) or off; null: all on CUDA, else "
+        "residual",
+        weights=False,
     )
     ring: int = key(64, "steps that the flight recorder holds, for a postmortem", weights=False)
     warn_factor: float = key(

@@ -241,7 +241,8 @@ class ElementCount(Statistic):
     def measure(self, seen: Observation) -> Tensor:
         if seen.site != "attn_probs":
             return seen.counts
-        nan = seen.census.heads[:, Summary._fields.index("nan_rows")] * self.seq_len  # (H,)
+        # (H,), in float64: in float32 a product above 2^24 would be rounded
+        nan = seen.census.heads[:, Summary._fields.index("nan_rows")].double() * self.seq_len
         return torch.stack([nan, torch.zeros_like(nan)], dim=1)  # probabilities are never infinite
 
     def finish(self, values: Tensor) -> Tensor:

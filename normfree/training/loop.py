@@ -74,7 +74,7 @@ class Trainer:
         assert names is not None, "the configuration is not resolved"
         self.recorder = Recorder(self.model, [n for n in names if is_forward(n)], seq_len)
         self.parameter_recorder = ParameterRecorder(self.model, [n for n in names if not is_forward(n)])
-        self.set_watch(config.diagnostics.watch)
+        self.set_watch(machine.choose_watch(config, device))
         self.compiled = machine.choose_compile(config, device)
         self.forward = machine.compiled(self.model, self.compiled)
         self.last_val = float("nan")
@@ -131,7 +131,7 @@ class Trainer:
             parts += self.parameter_recorder.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         self.injector.undo()
-        self.mailbox.post(step, pack(*parts), Packed(lr, due.record, due.probe is not None, due.snapshot))
+        self.mailbox.post(step, pack(*parts), Packed(lr, due.record, due.probe is not None, due.snapshot, self.watch))
 
     def backward_passes(self, step: int, rows: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of every micro-batch; the mean loss, and how many of its terms are not finite."""

@@ -34,6 +34,11 @@ def choose_deterministic(config: Config, device: torch.device) -> bool:
     return device.type == "cpu" if config.train.deterministic is None else config.train.deterministic
 
 
+def choose_watch(config: Config, device: torch.device) -> str:
+    """Entropy at every step where it costs about 2 % of one (CUDA); on the CPU it costs 15 %, the residual nothing."""
+    return config.diagnostics.watch or ("all" if device.type == "cuda" else "residual")
+
+
 def choose_compile(config: Config, device: torch.device) -> bool:
     """auto: where it pays and can work, which is CUDA with Triton and a C compiler."""
     wanted = str(config.train.compile).lower()

@@ -35,6 +35,7 @@ class Packed:
     record: bool = False
     probe: bool = False
     snapshot: bool = False
+    watch: str = "off"
 
 
 class Record:
@@ -96,8 +97,8 @@ class Record:
             self.last_loss = head["loss"]
             if step % self.config.log.every == 0 or packed.record or head["first_bad"] == step:
                 self._write_scalars(step, head, packed.lr)
-            if self.config.diagnostics.watch != "off":
-                self._watch(step, parts, first_bad=head["first_bad"] == step)
+            if packed.watch != "off":
+                self._watch(step, parts, packed.watch, first_bad=head["first_bad"] == step)
         if packed.probe:
             names = self.recorder.names + self.recorder.snapshot_names * packed.snapshot
             arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
@@ -105,13 +106,13 @@ class Record:
         if packed.record:
             self._training_record(step, parts, packed.snapshot)
 
-    def _watch(self, step: int, parts: "_Reader", first_bad: bool) -> None:
+    def _watch(self, step: int, parts: "_Reader", watch: str, first_bad: bool) -> None:
         names = self.recorder.watch_names
         arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
         if "resid_max" in arrays:
             self.events(self.residual.look(step, arrays["resid_max"]))
         if first_bad and self.config.nan_policy != "raise":  # which has an autopsy
-            if self.config.diagnostics.watch == "residual":
+            if watch == "residual":
                 arrays = {name: value for name, value in arrays.items() if name == "resid_max"}
             peak_sites = self.recorder.statistics["peak"].sites if "peak" in arrays else ()
             self.events([first_fault(step, arrays, peak_sites)])

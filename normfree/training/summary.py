@@ -42,6 +42,7 @@ def closing_table(run: Run) -> RichTable:
         "attention entropy": entropy_summary(run),
         "NaN in block outputs": f"{int(run.nan_counts.sum()):,} elements" if run.has("nan_count") else "not recorded",
         "written to": str(run.directory),
+        "look through it": f"python -m normfree.report {run.directory}",
         "figures": ", ".join(sorted(p.name for p in (run.directory / "figures").glob("*"))) or "none",
     }
     table = RichTable(show_header=False, title="finished", title_justify="left")
