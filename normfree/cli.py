@@ -37,6 +37,7 @@ from normfree.rules import CHOICES, validate
 from normfree.runs import is_checkpoint, is_run
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+PROCESS_VARIABLE = "NORMFREE_PROCESS"  # the process that was started; others are workers of a parallel sweep
 PLUGINS_VARIABLE = "NORMFREE_PLUGINS"  # how `--plugin` reaches the processes of a parallel sweep
 KEYS = {name: weights for name, _, weights in flat_keys(Config())}
 SECTIONS = {name[: m.start()] for name in KEYS for m in re.finditer(r"\.", name)}
@@ -225,6 +226,8 @@ def _job(cfg: DictConfig) -> float | None:
     path = Path(hydra_config.sweep.dir) / f"job-{hydra_config.job.num}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(outcome | {"overrides": typed}) + "\n")
+    if outcome["status"] == "preempted" and os.environ.get(PROCESS_VARIABLE) == str(os.getpid()):
+        raise SystemExit(outcome["exit_code"])  # the whole sweep was asked to stop; a parallel job only itself
     return outcome["metric"]
 
 
@@ -303,6 +306,7 @@ def print_help() -> None:
 def main(argv: list[str] | None = None) -> int:
     """`python run.py ...`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ[PROCESS_VARIABLE] = str(os.getpid())
     os.environ["NORMFREE_COMMAND"] = shlex.join(["python", "run.py", *argv])
     if "--help" in argv or "-h" in argv:
         print_help()
@@ -325,6 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _job()
     except SystemExit as stop:
+        if multirun and folder.is_dir():
+            _sweep_summary(folder)
         return stop.code if isinstance(stop.code, int) else EXIT_CONFIG
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)

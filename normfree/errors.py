@@ -10,7 +10,7 @@ EXIT_CHECKPOINT = 66  # a checkpoint is missing or damaged
 EXIT_DIRECTORY = 73  # the run directory cannot be used
 EXIT_DIVERGED = 75  # training met a loss or gradient that is not finite
 EXIT_MEMORY = 77  # the device has too little memory
-EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_INTERRUPTED = 130  # Ctrl-C before training began; a signal to a training run ends it with 128 + its number
 
 
 class UserError(Exception):

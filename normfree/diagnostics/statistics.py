@@ -366,7 +366,10 @@ class GradientNorm(ParameterStatistic):
 
 
 class UpdateNorm(GradientNorm):
-    """Norm of what the optimizer added to the weights of each block; 0 where the step was masked."""
+    """Norm of what the optimizer added to the weights of each block.
+
+    0 where the step was masked; NaN where a weight is not finite.
+    """
 
     of = "update"
 

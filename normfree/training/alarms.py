@@ -71,6 +71,7 @@ class ResidualAlarm:
         """`resid_max` (n_layer,) of one step."""
         if not np.isfinite(resid_max).all():
             return []
+        resid_max = resid_max.astype(np.float64)  # in float32 the median of what nearly overflows would be infinite
         events = []
         if len(self.recent) == self.recent.maxlen:
             median = np.median(self.recent, axis=0)

@@ -83,8 +83,8 @@ def block_in_words(trainer: "Trainer", flat: Tensor) -> str:
 def ring_arrays(trainer: "Trainer", until: int) -> dict[str, np.ndarray]:
     """The flight recorder up to step `until` by name, (steps, ...); what a reader wants first comes first.
 
-    Of a statistic with several sites, those that are measured at every step. NaN where `level`, a place in `hooks.LEVELS`,
-    did not measure it.
+    Of a statistic with several sites, those that are measured at every step. NaN where `level`, a place in
+    `hooks.LEVELS`, did not measure it.
     """
     entries, rows = trainer.ring.read(until)
     scalars = {name: rows[:, i] for i, name in enumerate(SCALARS)}

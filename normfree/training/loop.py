@@ -36,6 +36,7 @@ from normfree.training.optimizer import (
 )
 from normfree.training.record import SCALARS, Due, Packed, Record, pack
 from normfree.training.schedules import learning_rate
+from normfree.training.signals import Preempted, Signals
 from normfree.training.step import micro_batches, seed_dropout
 
 
@@ -78,6 +79,7 @@ class Trainer:
         self.compiled = machine.choose_compile(config, device)
         self.forward = machine.compiled(self.model, self.compiled)
         self.last_val = float("nan")
+        self.signals = Signals()
 
     def set_watch(self, watch: str) -> None:
         """What is measured at every step, and a ring that holds it."""
@@ -248,9 +250,12 @@ class Trainer:
 
         compiled: set[bool] = set()  # the variants, with and without a record: the first step of each compiles
         for step in range(start, last + 1):
-            if self.is_due(step, config.train.checkpoint_every) and step > start:
+            stopped_by = self.signals.received
+            if step > start and (stopped_by is not None or self.is_due(step, config.train.checkpoint_every)):
                 self.wait(record)
                 self.save(step)
+            if stopped_by is not None:
+                raise Preempted(stopped_by, step)
             if self.is_due(step, config.train.eval_every):
                 self.wait(record)
                 self.evaluate(step, record)

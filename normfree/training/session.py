@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from normfree.training.faults import Diverged
 from normfree.training.loop import Trainer
 from normfree.training.postmortem import fault_entry
 from normfree.training.record import Record
+from normfree.training.signals import Preempted
 from normfree.training.summary import closing_table
 from normfree.training.views import Views
 
@@ -44,7 +46,7 @@ REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: status finished or diverged, the exit code, the last validation loss, where it was written."""
+    """How a run ended: finished, diverged or preempted, the exit code, the last validation loss, where it was written."""
 
     status: str
     exit_code: int
@@ -254,6 +256,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     try:
         with (
             memory_in_words(config),
+            trainer.signals.caught(),
             tqdm(
                 total=config.train.max_steps, initial=start, unit="step", mininterval=seconds, dynamic_ncols=True
             ) as bar,
@@ -266,6 +269,13 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
         console.print(f"diverged at {error}", style="bold red")
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
+    except Preempted as stop:
+        name = signal.Signals(stop.signum).name
+        reason = f"{name} after {stop.step} steps; the same command goes on from there"
+        writer.status(status="preempted", last_step=stop.step, reason=reason)
+        record.views.finish({})
+        console.print(f"preempted: {reason}.", style="bold")
+        return RunResult("preempted", stop.exit_code, math.nan, run_dir)
     except BaseException as error:
         writer.status(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=repr(error))
         raise
