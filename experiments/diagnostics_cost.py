@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(64, "this measures a GPU, and PyTorch sees no CUDA device here\n")
     rows = []
     for shape in options.shapes:
         batch, T = map(int, shape.split("x"))

@@ -12,9 +12,8 @@ import json
 
 import torch
 import torch.nn.functional as F
-import triton
 
-from normfree.diagnostics import attention_entropy, entropy_triton
+from normfree.diagnostics import attention_entropy
 from normfree.training.session import provenance, versions
 
 SHAPES = ((512, 128), (64, 1024), (8, 8192))  # B x T = 65 536
@@ -22,7 +21,9 @@ HEADS, HEAD_DIM, SCALE = 12, 64, 64**-0.5
 
 
 def milliseconds(function) -> float:
-    return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
+    from triton.testing import do_bench  # Triton comes with PyTorch where there is a GPU
+
+    return do_bench(function, warmup=20, rep=100, return_mode="median")
 
 
 def materialised(q, k):
@@ -55,6 +56,8 @@ def measure(batch: int, T: int) -> dict:
 
 def tune(batch: int, T: int) -> None:
     q, k = torch.randn(2, batch, HEADS, T, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    from normfree.diagnostics import entropy_triton
+
     found = []
     for tiles in itertools.starmap(entropy_triton.Tiles, itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))):
         found.append((milliseconds(lambda t=tiles: entropy_triton.forward(q, k, SCALE, 0, t)), tiles))
@@ -67,12 +70,16 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE.json")
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(64, "this measures a GPU, and PyTorch sees no CUDA device here\n")
     rows = [measure(batch, T) for batch, T in SHAPES]
     for row in rows:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         if options.tune:
             tune(row["batch"], row["T"])
     if options.out:
+        import triton
+
         about = {"device": torch.cuda.get_device_name(), "versions": versions() | {"triton": triton.__version__}}
         with open(options.out, "w") as file:
             json.dump(about | provenance() | {"rows": rows}, file, indent=2)

@@ -188,6 +188,15 @@ class LogConfig:
 
 
 @dataclass
+class RollbackConfig:
+    """nan_policy=rollback: back to the last good checkpoint, without the batch that went wrong."""
+
+    retries: int = key(3, "how often at most; then the run stops as under raise")
+    lr_factor: float = key(0.25, "factor on the learning rate after a rollback; those of several multiply")
+    steps: int = key(200, "for how many steps after the bad one")
+
+
+@dataclass
 class InjectConfig:
     """One value that is not finite, planted on purpose, to see that it is found; a replay plants it again."""
 
@@ -213,7 +222,15 @@ class Config:
     run_dir: str | None = key(None, "where to write; null: runs/<name>-<hash of the settings>-s<seed>", weights=False)
     resume: str | None = key(None, "continue this run directory; train.max_steps may be raised", weights=False)
     init_from: str | None = key(None, "start from the weights of this run or checkpoint")
-    nan_policy: str = key("raise", "on a loss or gradient that is not finite: raise (stop), skip (the step) or log")
+    nan_policy: str = key(
+        "raise",
+        "on a loss or gradient that is not finite: raise (stop), skip (the step), rollback (to the last good "
+        "checkpoint, at a lower rate) or log (go on regardless)",
+    )
+    spike_sigma: float | None = key(
+        None, "a loss so many standard deviations above its last 64 counts as a bad step too; null: never"
+    )
+    rollback: RollbackConfig = group(RollbackConfig)
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
     optim: OptimConfig = group(OptimConfig)
@@ -270,6 +287,10 @@ def weights_hash(config: Config) -> str:
     settings = {name: value for name, value, weights in flat_keys(config) if weights}
     if config.debug.inject.step is None:  # nothing is planted: these keys name nothing
         settings = {name: value for name, value in settings.items() if not name.startswith("debug.")}
+    if config.nan_policy != "rollback":
+        settings = {name: value for name, value in settings.items() if not name.startswith("rollback.")}
+    if config.spike_sigma is None:
+        del settings["spike_sigma"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

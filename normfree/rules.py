@@ -23,7 +23,7 @@ CHOICES: dict[str, Table | tuple[str, ...]] = {
     "train.compile": ("auto", "true", "false"),
     "diagnostics.watch": ("all", "residual", "off"),
     "log.wandb": ("off", "offline", "online"),
-    "nan_policy": ("raise", "skip", "log"),
+    "nan_policy": ("raise", "skip", "rollback", "log"),
     "debug.inject.phase": ("forward", "backward", "optimizer"),
     "debug.inject.value": ("nan", "inf", "-inf"),
 }
@@ -76,6 +76,10 @@ RANGES = {
     "diagnostics.warn_window": (2, 10**6, True, True),
     "diagnostics.probe_sequences": (0, 10**6, True, True),
     "debug.inject.step": (0, 10**12, True, True),
+    "spike_sigma": (0, math.inf, False, False),
+    "rollback.retries": (0, 16, True, True),
+    "rollback.lr_factor": (0, 1, False, True),
+    "rollback.steps": (0, 10**9, True, True),
     "seed": (0, 2**63 - 1, True, True),
 }
 
@@ -136,6 +140,9 @@ def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
         yield "debug.inject needs both step and module (or neither)."
     elif inject.step is not None and legal("train.max_steps", "debug.inject.step") and inject.step >= train.max_steps:
         yield f"debug.inject.step={inject.step} is never reached: the last step is {train.max_steps - 1}."
+    inject = config.debug.inject
+    if inject.step is not None and inject.phase == "backward" and train.precision == "fp16":
+        yield "debug.inject.phase=backward: under train.precision=fp16 the loss scaler takes it for an overflow."
     for name in config.diagnostics.statistics or ():
         if name not in STATISTICS:
             yield "diagnostics.statistics: " + unknown("statistic", name, STATISTICS)

@@ -22,6 +22,10 @@ WHERE = {
     "attn": "elements in each attention output",
     "mlp": "elements in each feed-forward output",
     "attn_probs": "attention probabilities per head",
+    "q": "elements in each layer's queries",
+    "k": "elements in each layer's keys",
+    "v": "elements in each layer's values",
+    "mlp_hidden": "elements in each feed-forward's hidden layer",
 }
 
 
@@ -36,7 +40,7 @@ def plot(
 ) -> list[common.Row]:
     """Draw a panel a run; return a row (run, step, layer, count) for every point."""
     if (kind, site) == ("inf", "attn_probs"):
-        raise UserError("--kind inf --site attn_probs: a probability is never infinite. Choose block, attn or mlp.")
+        raise UserError("--kind inf --site attn_probs: a probability is never infinite. Choose another site.")
     curves = [_curves(*pair, step, source, site, kind) for pair in zip(runs, common.labels(runs), strict=True)]
     found = [c for c in curves if c.values.any()]
     axes = layers.panels(fig, curves, f"{KINDS[kind]} {WHERE[site]}", "batches")
@@ -59,6 +63,8 @@ def plot(
 def _curves(run: Run, label: str, step: int | None, source: str | None, site: str, kind: str) -> Curves:
     found, steps, values = common.sourced(run, f"{kind}_count", source, prefer="train")
     kept = layers.up_to(run, steps, step)
+    if SITES.index(site) >= values.shape[1]:
+        raise UserError(f"{run.directory} did not count at {site}; it has: {', '.join(SITES[: values.shape[1]])}.")
     counts = values[kept, SITES.index(site)]
     if site == "attn_probs":
         counts = counts / run.config.model.n_head

@@ -2,7 +2,7 @@
 
 from normfree.diagnostics.entropy import attention_entropy
 from normfree.diagnostics.hooks import Recorder
-from normfree.diagnostics.statistics import Observation, Statistic
+from normfree.diagnostics.statistics import Observation, ParameterStatistic, Statistic
 from normfree.tables import STATISTICS
 
-__all__ = ["STATISTICS", "Observation", "Recorder", "Statistic", "attention_entropy"]
+__all__ = ["STATISTICS", "Observation", "ParameterStatistic", "Recorder", "Statistic", "attention_entropy"]

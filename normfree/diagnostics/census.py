@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normfree.diagnostics.entropy import attention_rows
+from normfree.diagnostics.entropy import MAX_HEAD_DIM, attention_rows
 
 SMALL = 4096  # elements
 
@@ -32,7 +32,7 @@ def _on_cuda(x: Tensor) -> bool:
 
 @torch.library.custom_op("normfree::attention_census", mutates_args=())
 def _census(q: Tensor, k: Tensor, scale: float, rows: bool) -> tuple[Tensor, Tensor]:
-    if _on_cuda(q):
+    if _on_cuda(q) and q.size(-1) <= MAX_HEAD_DIM:
         from normfree.diagnostics import entropy_triton
 
         summary, entropy = entropy_triton.census(q, k, scale)

@@ -20,6 +20,9 @@ TILE_ELEMENTS = 1 << 19  # scores held at a time, unless one row has more: 2 MiB
 LOWEST = -80.0  # of s - m. e^-80 is no denormal, at which exp is five times slower, and e^x x at -inf would be NaN
 
 
+MAX_HEAD_DIM = 256
+
+
 class AttentionRows(NamedTuple):
     """Of each row of attention, (B, H, T), float32 (float64 for float64 inputs). The last two have no gradient."""
 
@@ -34,7 +37,8 @@ def _accumulator(q: Tensor, k: Tensor) -> torch.dtype:
 
 
 def _triton(q: Tensor, k: Tensor) -> bool:
-    return q.device.type == "cuda" and _accumulator(q, k) == torch.float32
+    """Whether the kernels take it: a head beyond `MAX_HEAD_DIM` does not fit their tiles."""
+    return q.device.type == "cuda" and _accumulator(q, k) == torch.float32 and q.size(-1) <= MAX_HEAD_DIM
 
 
 class _Tiles:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from normfree.errors import EXIT_OK, UserError
+from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError
 from normfree.plugins import load_plugin
 
 
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     a = _parser().parse_args(argv)
     try:
+        if a.json is not None and not a.json.absolute().parent.is_dir():
+            raise UserError(f"--json {a.json}: there is no such folder.", EXIT_DIRECTORY)
         plugins = [load_plugin(plugin) for plugin in a.plugin]
         pm = load_postmortem(a.directory)
         replaying.check_plugins(pm, plugins)

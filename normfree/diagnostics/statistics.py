@@ -1,7 +1,8 @@
 """Statistics of one layer, measured on what the step itself computed. Add one: a class and a line in `STATISTICS`.
 
 "Every step" is what `diagnostics.watch=all` measures at every step, for the flight recorder; the rest is measured every
-`diagnostics.every` steps. Costs are those of one measurement; experiments/diagnostics_cost.py measures them together.
+`diagnostics.every` steps; "(snapshots)" are written at snapshots only, but measured with each record, so that there
+is one compiled step less. Costs are those of one measurement; experiments/diagnostics_cost.py measures them together.
 
 | statistic         | every step     | cost                                                                       |
 |-------------------|----------------|----------------------------------------------------------------------------|
@@ -15,9 +16,9 @@
 | resid_max         | yes            | one pass over the block's output, shared with that addition                |
 | resid_rms         |                | in the same pass                                                           |
 | mlp_pre_std       |                | one pass over at most `SAMPLED_ROWS` tokens                                |
-| position_entropy  | snapshots only | a mean over the batch of the census's rows                                 |
-| entropy_quantiles | snapshots only | a sort of at most `SAMPLED_ROWS` rows a head                              |
-| effective_width   | snapshots only | one exp a row                                                              |
+| position_entropy  | (snapshots)    | a mean over the batch of the census's rows                                 |
+| entropy_quantiles | (snapshots)    | a sort of at most `SAMPLED_ROWS` rows a head                              |
+| effective_width   | (snapshots)    | one exp a row                                                              |
 | grad_norm         |                | one pass over the gradients                                                |
 | update_norm       |                | a copy of the weights, and one pass over the difference                    |
 | grad_*_count      |                | nothing where the norm is finite, else one pass over the gradient          |
@@ -194,8 +195,8 @@ class PositionEntropy(RowStatistic):
 class EntropyQuantiles(RowStatistic):
     """Quantiles (`heads.QUANTILES`) over rows of r_i = H_i / ln(i + 1), how near each row comes to its own ceiling.
 
-    Row 0 has no ceiling and stays out. Over at most `SAMPLED_ROWS` rows a head: those of the first sequences. Several
-    micro-batches: the mean of their quantiles.
+    Row 0 has no ceiling and stays out. Over at most `SAMPLED_ROWS` rows a head, or one sequence: the first ones.
+    Several micro-batches: the mean of their quantiles.
     """
 
     axes = ("head", "quantile")
@@ -213,7 +214,13 @@ class EntropyQuantiles(RowStatistic):
             return torch.full((len(values), *self.shape), float("nan"), device=values.device)
         ceiling = torch.arange(2, self.seq_len + 1, device=values.device).float().log()
         level = (values[..., 1:] / ceiling).transpose(1, 2).flatten(2)  # (n_layer, H, rows)
-        return torch.quantile(level.float(), torch.tensor(QUANTILES, device=values.device), dim=2).permute(1, 2, 0)
+        ordered, last = level.sort(dim=2).values, level.size(2) - 1
+        # By hand, as torch.quantile takes its fractions from a tensor, which would be sent to the device each time.
+        found = [
+            ordered[..., int(q * last)].lerp(ordered[..., min(int(q * last) + 1, last)], q * last % 1)
+            for q in QUANTILES
+        ]
+        return torch.where(level.isnan().any(2, keepdim=True), float("nan"), torch.stack(found, dim=-1))
 
 
 class EffectiveWidth(RowStatistic):
@@ -292,7 +299,7 @@ class ResidualMax(Statistic):
 
 
 class ResidualRMS(Statistic):
-    """Root mean square of each block's output."""
+    """Root mean square of each block's output. Several micro-batches: the mean of theirs."""
 
     def measure(self, seen: Observation) -> Tensor:
         return seen.output.float().square().mean(-1)  # (B, T)
@@ -302,7 +309,10 @@ class ResidualRMS(Statistic):
 
 
 class PreActivationStd(Statistic):
-    """Standard deviation of the feed-forward's pre-activations, over at most `SAMPLED_ROWS` tokens of the batch."""
+    """Standard deviation of the feed-forward's pre-activations, over at most `SAMPLED_ROWS` tokens (or one sequence).
+
+    Several micro-batches: the mean of theirs.
+    """
 
     sites = ("mlp_pre",)
 
@@ -347,7 +357,6 @@ class ParameterStatistic:
     of: Literal["gradient", "parameter", "update"] = "gradient"
     by_layer: Literal["sum", "norm"] = "sum"  # how the numbers of a layer's parameters become one
     outside = False  # whether a last number stands for what is in no block: embeddings, final norm, head, shared slope
-    snapshot = False
     dtype = torch.float32
     unit = ""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from normfree import heads
 from normfree.config import Config
-from normfree.runs import IN_ORDER
+from normfree.runs import IN_ORDER, SITES
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ def first_fault(step: int, arrays: dict[str, np.ndarray], sites: tuple[str, ...]
         flags["attn_probs"] = np.isnan(arrays["attn_entropy"]).any(-1)
     if "resid_max" in arrays:
         flags["block"] = ~np.isfinite(arrays["resid_max"])
+    elif "nan_count" in arrays or "inf_count" in arrays:
+        counts = [arrays[name][SITES.index("block")] for name in ("nan_count", "inf_count") if name in arrays]
+        flags["block"] = np.sum(counts, axis=0) > 0
     for layer in range(max((len(bad) for bad in flags.values()), default=0)):
         for site in IN_ORDER:
             if site in flags and flags[site][layer]:
@@ -51,7 +54,8 @@ def first_fault(step: int, arrays: dict[str, np.ndarray], sites: tuple[str, ...]
                 return Event(
                     step, "non_finite", layer, f"step {step}: the first NaN or Inf, in {where} of layer {layer}"
                 )
-    text = f"step {step}: the first NaN or Inf, in the head, the loss, the backward pass or a weight"
+    where = "in the head, the loss, the backward pass or a weight" if "block" in flags else "(where was not measured)"
+    text = f"step {step}: the first NaN or Inf, {where}"
     return Event(step, "non_finite", None, text)
 
 
@@ -59,13 +63,14 @@ class ResidualAlarm:
     """Fires when a layer's residual maximum exceeds `factor` times its median over the last `window` steps.
 
     The median, because growth that doubles at every step drags a maximum along with it. Once a layer; again after it
-    came back. Nothing non-finite enters the window.
+    has stayed within its range for a whole window. Nothing non-finite enters the window.
+    A run that goes on begins a new window.
     """
 
     def __init__(self, factor: float, window: int, n_layer: int) -> None:
         self.factor = factor
         self.recent: deque[np.ndarray] = deque(maxlen=window)
-        self.ringing = np.zeros(n_layer, dtype=bool)
+        self.quiet = np.zeros(n_layer, dtype=np.int64)  # steps until a layer may fire
 
     def look(self, step: int, resid_max: np.ndarray) -> list[Event]:
         """`resid_max` (n_layer,) of one step."""
@@ -75,9 +80,9 @@ class ResidualAlarm:
         events = []
         if len(self.recent) == self.recent.maxlen:
             median = np.median(self.recent, axis=0)
-            high = resid_max > self.factor * median
-            new = np.flatnonzero(high & ~self.ringing)
-            self.ringing = high
+            high = (median > 0) & (resid_max > self.factor * median)
+            new = np.flatnonzero(high & (self.quiet == 0))
+            self.quiet = np.where(high, len(self.recent), np.maximum(self.quiet - 1, 0))
             if len(new):
                 worst = new[np.argmax(resid_max[new] / median[new])]
                 text = (
@@ -91,15 +96,24 @@ class ResidualAlarm:
 
 
 class HeadAlarm:
-    """Counts overloaded and collapsed heads by layer (`normfree.heads`), and says when a layer has more of them."""
+    """Counts overloaded and collapsed heads by layer (`normfree.heads`), and says when a layer first has so many.
 
-    def __init__(self, config: Config, earlier_max_score: np.ndarray | None = None) -> None:
+    `earlier`: (steps, values) of the arrays max_score, overloaded and collapsed that a run which goes on has already.
+    """
+
+    def __init__(self, config: Config, earlier: dict[str, tuple[np.ndarray, np.ndarray]] | None = None) -> None:
+        earlier = earlier or {}
         self.T = config.data.seq_len or 1
         self.after = max(1, config.optim.warmup_steps or 0)  # at the start every head is as even as can be
         self.n_head = config.model.n_head
-        self.earlier = earlier_max_score
-        self.overloaded = np.zeros(config.model.n_layer, dtype=bool)
-        self.collapsed = np.zeros(config.model.n_layer, dtype=np.int64)
+        self.max_score = earlier["max_score"][1][-1] if "max_score" in earlier else None
+        self.overloaded: np.ndarray = np.zeros(config.model.n_layer, dtype=bool)  # layers that it was said of
+        self.collapsed = np.zeros(config.model.n_layer, dtype=np.int64)  # most heads that it was said of
+        if "overloaded" in earlier:
+            steps, counts = earlier["overloaded"]
+            self.overloaded |= np.asarray((counts[steps >= self.after] > self.n_head / 2).any(axis=0))
+        if "collapsed" in earlier:
+            self.collapsed = earlier["collapsed"][1].max(axis=0)
 
     def look(self, step: int, arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Event]]:
         """Of one record's arrays, (n_layer, n_head) each: the counts (n_layer,), and what they give to say."""
@@ -107,15 +121,15 @@ class HeadAlarm:
         if "attn_entropy" in arrays:
             counts["overloaded"] = heads.is_overloaded(arrays["attn_entropy"], self.T).sum(-1, dtype=np.int64)
         if {"attn_entropy", "max_score", "one_minus_max"} <= arrays.keys():
-            earlier = np.full_like(arrays["max_score"], np.nan) if self.earlier is None else self.earlier
+            before = np.full_like(arrays["max_score"], np.nan) if self.max_score is None else self.max_score
             collapsed = heads.is_collapsed(
                 arrays["attn_entropy"],
                 self.T,
                 one_minus_max=arrays["one_minus_max"],
                 max_score=arrays["max_score"],
-                earlier_max_score=earlier,
+                earlier_max_score=before,
             )
-            self.earlier = arrays["max_score"]
+            self.max_score = arrays["max_score"]
             counts["collapsed"] = collapsed.sum(-1, dtype=np.int64)
         return counts, self._events(step, counts)
 
@@ -124,7 +138,7 @@ class HeadAlarm:
         if "overloaded" in counts and step >= self.after:
             most = counts["overloaded"] > self.n_head / 2
             new = np.flatnonzero(most & ~self.overloaded)
-            self.overloaded = most
+            self.overloaded |= most
             if len(new):
                 text = (
                     f"step {step}: most heads of {layers_in_words(new)} are overloaded (entropy >= 3/4 of its ceiling)"
@@ -132,7 +146,7 @@ class HeadAlarm:
                 events.append(Event(step, "overloaded", int(new[0]), text))
         if "collapsed" in counts:
             new = np.flatnonzero(counts["collapsed"] > self.collapsed)
-            self.collapsed = counts["collapsed"]
+            self.collapsed = np.maximum(self.collapsed, counts["collapsed"])
             if len(new):
                 n = int(counts["collapsed"][new].sum())
                 text = (

@@ -1,5 +1,6 @@
 """What is found out about a bad step, and kept: while the weights are still as they were before it."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,12 @@ def autopsy(trainer: "Trainer", step: int, values: Tensor, record: Record, recor
         record.write_arrays(step, trainer.recorder.unpack(flat), "", config.train.batch_size)
     loss, norm = (values[SCALARS.index(name)].item() for name in ("loss", "grad_norm"))
     finding = trace(trainer, step)
-    where = block_in_words(trainer, flat) if finding is None else f"first of all, {finding.words()}"
+    if finding is not None:
+        where = f"first of all, {finding.words()}"
+    elif math.isfinite(loss) and math.isinf(norm):
+        where = "every gradient is finite, but the norm of all together overflows float32."
+    else:
+        where = block_in_words(trainer, flat)
     return faults.Diverged(
         step,
         f"step {step}: the training loss is {loss:g} and the gradient norm {norm:g}; {where} "

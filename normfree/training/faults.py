@@ -1,8 +1,9 @@
 """What happens when numbers go bad: the finite flag that guards every update, and fp16's loss scale.
 
-The flag lives on the device and masks the optimizer there, so the host need not wait for it. Under `raise` it is
-sticky: from the first bad step on, no update changes weights, moments or step count, until the host, which learns of it
-at most `LAG` steps later, stops the run. The weights are then exactly those before the bad step.
+The flag lives on the device and masks the optimizer there, so the host need not wait for it. Under `raise` and
+`rollback` it is sticky: from the first bad step on, no update changes weights, moments or step count, until the host,
+which learns of it at most `LAG` steps later, stops the run or takes it back. The weights are then exactly those before
+the bad step.
 """
 
 import math
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normfree.config import RollbackConfig
 from normfree.diagnostics.finding import Finding
 from normfree.errors import EXIT_DIVERGED, UserError
 
+MAX_ROLLBACKS = 16
 LAG = 2  # steps the host may be ahead of what it knows of the device
 
 
@@ -42,6 +45,7 @@ class FiniteFlag:
         self.policy = policy
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.sticky = policy in ("raise", "rollback")
         self.mask = torch.zeros((), device=device)  # 1.0: the optimizer leaves everything as it is
 
     def judge(self, finite: Tensor, step: int, overflow: Tensor) -> None:
@@ -49,13 +53,24 @@ class FiniteFlag:
         bad = ~finite
         self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), step, self.first_bad))
         self.bad_steps.add_(bad)
-        if self.policy == "raise":
+        if self.sticky:
             masked = (self.first_bad >= 0) | overflow
         elif self.policy == "skip":
             masked = bad | overflow
         else:
             masked = overflow
         self.mask.copy_(masked)
+
+    @property
+    def frozen(self) -> Tensor:
+        """0-d bool: a bad step was met, and the state is to stay as it was before it."""
+        return self.first_bad >= 0 if self.sticky else torch.zeros_like(self.first_bad, dtype=torch.bool)
+
+    def clear(self) -> None:
+        """The host has dealt with the bad step: as it was before it."""
+        self.first_bad.fill_(-1)
+        self.bad_steps.zero_()
+        self.mask.zero_()
 
 
 class LossScaler:
@@ -86,20 +101,96 @@ class LossScaler:
             torch._foreach_mul_(grads, 1.0 / self.scale)
 
     def overflowed(self, grads_finite: Tensor) -> Tensor:
-        """Whether this step's gradients overflowed because of the scale; moves the scale."""
+        """Whether this step's gradients overflowed because of the scale, 0-d bool."""
         if not self.enabled:
             return torch.zeros_like(grads_finite)
-        overflow = ~grads_finite & (self.scale > self.lowest)
-        self.good_steps.copy_(torch.where(grads_finite, self.good_steps + 1, 0))
-        self.skipped.add_(overflow)
-        grow = self.good_steps == self.interval
+        return ~grads_finite & (self.scale > self.lowest)
+
+    def move(self, grads_finite: Tensor, overflow: Tensor, frozen: Tensor) -> None:
+        """Move the scale after a step; not where the run is `frozen`, 0-d bool: the state before a bad step stays."""
+        if not self.enabled:
+            return
+        good = torch.where(grads_finite, self.good_steps + 1, 0)
+        grow = good == self.interval
         factor = torch.where(grads_finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scale.mul_(factor).clamp_(min=self.lowest)
-        self.good_steps.masked_fill_(grow, 0)
-        return overflow
+        scale = (self.scale * factor).clamp(min=self.lowest)
+        self.scale.copy_(torch.where(frozen, self.scale, scale))
+        self.good_steps.copy_(torch.where(frozen, self.good_steps, good.masked_fill(grow, 0)))
+        self.skipped.add_(overflow & ~frozen)
 
     def state(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+
+
+class SpikeWatch:
+    """Whether a loss lies `sigma` standard deviations above the last `window` ones, on the device.
+
+    Losses of bad steps, spikes among them, never enter the window. Nothing is a spike until it is full.
+    """
+
+    def __init__(self, sigma: float | None, device: torch.device, window: int = 64) -> None:
+        self.sigma = sigma
+        self.losses = torch.zeros(window if sigma is not None else 0, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+
+    def is_spike(self, loss: Tensor) -> Tensor:
+        """0-d bool."""
+        if self.sigma is None:
+            return torch.zeros((), dtype=torch.bool, device=loss.device)
+        std, mean = torch.std_mean(self.losses)
+        return (self.seen >= self.losses.numel()) & (loss > mean + self.sigma * std)
+
+    def take(self, loss: Tensor, good: Tensor) -> None:
+        """Take in the loss of a step where it was `good`, 0-d bool."""
+        if self.sigma is None:
+            return
+        window = self.losses.numel()
+        here = torch.arange(window, device=loss.device) == self.seen % window
+        self.losses.copy_(torch.where(here & good, loss, self.losses))
+        self.seen.add_(good)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.sigma is None else {"losses": self.losses, "losses_seen": self.seen}
+
+
+class RolledBack(Exception):
+    """Raised inside the loop: the run goes on from a checkpoint before the bad step."""
+
+    def __init__(self, fault: Diverged) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class Rollbacks:
+    """What rolling back has changed so far: batches left out, and a lower learning rate after each bad step.
+
+    `bad_steps` (`MAX_ROLLBACKS`,) int64, -1 where there is none yet: the state that a checkpoint keeps. All else
+    follows from it: a run resumed from an older checkpoint meets the same faults and takes the same way.
+    """
+
+    def __init__(self, config: RollbackConfig) -> None:
+        self.config = config
+        self.bad_steps = torch.full((MAX_ROLLBACKS,), -1, dtype=torch.int64)
+
+    def _steps(self) -> list[int]:
+        return [step for step in self.bad_steps.tolist() if step >= 0]
+
+    @property
+    def exhausted(self) -> bool:
+        return len(self._steps()) >= self.config.retries
+
+    def note(self, step: int) -> None:
+        self.bad_steps[len(self._steps())] = step
+
+    def leaves_out(self, step: int) -> bool:
+        return step in self._steps()
+
+    def lr_factor(self, step: int) -> float:
+        """From the checkpoint on until `steps` after each bad step."""
+        return self.config.lr_factor ** sum(step <= bad + self.config.steps for bad in self._steps())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"rolled_back_at": self.bad_steps}
 
 
 class Settled(NamedTuple):

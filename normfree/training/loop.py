@@ -20,8 +20,10 @@ from normfree.diagnostics.hooks import ParameterRecorder, Recorder, is_forward
 from normfree.diagnostics.inject import Injector
 from normfree.diagnostics.ring import Entry, Ring
 from normfree.model import Transformer, init_weights
+from normfree.tables import STATISTICS
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults, machine
+from normfree.training.alarms import Event
 from normfree.training.autopsy import autopsy
 from normfree.training.evaluation import bytes_per_token, evaluate_loss, loss_metrics
 from normfree.training.optimizer import (
@@ -68,12 +70,15 @@ class Trainer:
         self.optimizer.found_inf = self.flag.mask  # type: ignore[attr-defined]
         lowest = None if config.nan_policy == "log" else 1.0  # log goes on regardless, and so does its scaler
         self.scaler = faults.LossScaler(self.precision == "fp16", device, lowest=lowest)
+        self.spikes = faults.SpikeWatch(config.spike_sigma, device)
+        self.rollbacks = faults.Rollbacks(config.rollback)
         self.mailbox = faults.Mailbox(device)
         # Hooks before anything is compiled; the injector's first, so that what is planted shows in the record.
         self.injector = Injector(self.model, self.optimizer, config.debug.inject)
         names = config.diagnostics.statistics
         assert names is not None, "the configuration is not resolved"
-        self.recorder = Recorder(self.model, [n for n in names if is_forward(n)], seq_len)
+        kept = [n for n in names if config.diagnostics.snapshot_every or not getattr(STATISTICS[n], "snapshot", False)]
+        self.recorder = Recorder(self.model, [n for n in kept if is_forward(n)], seq_len)
         self.parameter_recorder = ParameterRecorder(self.model, [n for n in names if not is_forward(n)])
         self.set_watch(machine.choose_watch(config, device))
         self.compiled = machine.choose_compile(config, device)
@@ -100,7 +105,7 @@ class Trainer:
         """Forward, backward, judge, clip, masked update; post the step's numbers without waiting for them."""
         rows = self.batches.rows(step)
         count = int((rows[:, 1:] != IGNORED).sum())
-        lr = learning_rate(step, self.config.train.max_steps, self.config.optim)
+        lr = learning_rate(step, self.config.train.max_steps, self.config.optim) * self.rollbacks.lr_factor(step)
         set_learning_rate(self.optimizer, lr)
         level = "record" if due.record else self.watch
         if level != "off":
@@ -112,10 +117,13 @@ class Trainer:
         norm = norms.norm()
         overflow = self.scaler.overflowed(norm.isfinite())
         self.injector.before_optimizer(step)
-        finite = loss.isfinite() & (norm.isfinite() | overflow)
+        finite = loss.isfinite() & (norm.isfinite() | overflow) & ~self.spikes.is_spike(loss)
         weight_peaks, state_finite = self.state(due.record)
-        self.flag.judge(finite & state_finite, step, overflow)
+        finite &= state_finite
+        self.flag.judge(finite, step, overflow)
 
+        self.scaler.move(norm.isfinite(), overflow, self.flag.frozen)
+        self.spikes.take(loss, finite & ~self.flag.frozen)
         parts = [*self.head(loss, norm, bad_rows)]
         if self.watch != "off":
             parts.append(self.recorder.flat(self.recorder.watch_names))
@@ -196,8 +204,11 @@ class Trainer:
         """Write the steps whose numbers have arrived; stop the run at the first bad one."""
         for step, values, packed in self.mailbox.settled(everything):
             record.take(step, values, packed)
-            if self.config.nan_policy == "raise" and values[0] >= 0:
-                raise autopsy(self, step, values, record, recorded=packed.record)
+            if self.flag.sticky and values[0] >= 0:
+                fault = autopsy(self, step, values, record, recorded=packed.record)
+                if self.config.nan_policy == "rollback" and not self.rollbacks.exhausted:
+                    raise faults.RolledBack(fault)
+                raise fault
 
     def evaluate(self, step: int, record: Record) -> None:
         micro = self.config.train.micro_batch_size or 1
@@ -212,11 +223,12 @@ class Trainer:
     def save(self, step: int) -> None:
         finite = self.write_checkpoint(step)
         ckpt.prune(self.run_dir, self.config.train.keep_checkpoints)
-        if not finite and self.config.nan_policy == "raise":
+        if not finite and self.flag.sticky:
             raise faults.Diverged(step, f"step {step}: weights or optimizer moments are no longer finite.")
 
     def extra_state(self) -> dict[str, Tensor]:
-        return self.scaler.state() | {"bad_steps": self.flag.bad_steps, "first_bad": self.flag.first_bad}
+        state = self.scaler.state() | {"bad_steps": self.flag.bad_steps, "first_bad": self.flag.first_bad}
+        return state | self.spikes.state() | self.rollbacks.state()
 
     def wait(self, record: Record) -> None:
         """Let the device finish the steps it has; their time is theirs, not the evaluation's."""
@@ -245,9 +257,34 @@ class Trainer:
             self.mailbox.post(step, values, Packed(probe=True, snapshot=due.snapshot))
 
     def fit(self, start: int, record: Record, progress: tqdm) -> None:
+        """Train from step `start` to the end, however often the run has to be taken back."""
+        if self.config.nan_policy == "rollback" and start == 0:
+            self.save(0)  # there is always somewhere to go back to
+        while True:
+            try:
+                return self.run_steps(start, record, progress)
+            except faults.RolledBack as back:
+                start = self.roll_back(back.fault, record)
+                progress.update(start - progress.n)
+
+    def roll_back(self, fault: faults.Diverged, record: Record) -> int:
+        """Back to the last good checkpoint; the bad step is left out from now on. Returns the step to go on from."""
+        self.mailbox.settled(everything=True)  # of steps that were masked, and are done again
+        good = ckpt.newest_good(self.run_dir)
+        assert good is not None, "fit writes a first checkpoint"
+        self.rollbacks.note(fault.step)
+        noted = self.rollbacks.bad_steps.clone()
+        start = ckpt.load_training_state(self.model, self.optimizer, self.extra_state(), good[1])
+        self.rollbacks.bad_steps.copy_(noted)
+        self.flag.clear()
+        record.rewind(start)
+        text = f"rolled back to step {start} ({len(noted[noted >= 0])} of {self.config.rollback.retries}): {fault}"
+        record.events([Event(fault.step, "rollback", None, text)])
+        return start
+
+    def run_steps(self, start: int, record: Record, progress: tqdm) -> None:
         config = self.config
         last, tokens = config.train.max_steps, config.train.batch_size * (config.data.seq_len or 0)
-
         compiled: set[bool] = set()  # the variants, with and without a record: the first step of each compiles
         for step in range(start, last + 1):
             stopped_by = self.signals.received
@@ -260,9 +297,10 @@ class Trainer:
                 self.wait(record)
                 self.evaluate(step, record)
             due = self.due(step)
-            if step == last:
+            if step == last or self.rollbacks.leaves_out(step):
                 self.post_probe(step, due)
-                break
+                progress.update(step < last)
+                continue
             began = time.perf_counter()
             self.train_step(step, due)
             self.settle(record)

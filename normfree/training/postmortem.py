@@ -14,6 +14,7 @@ It needs neither the corpus nor the run: `python -m normfree.diagnostics.replay 
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ import yaml
 
 from normfree.config import Config, from_dict, to_dict
 from normfree.diagnostics.finding import Finding
+from normfree.diagnostics.hooks import LEVELS
 from normfree.errors import EXIT_CHECKPOINT, UserError
 from normfree.records import number, strict
 from normfree.runs import checkpoint_name
 from normfree.training import checkpoint as ckpt
 
 ROWS = 10  # of the ring, in README.txt
+NOT_SHOWN = ("step", "first_bad", "bad_steps", "batch", "level")  # in the table; ring.npz has them
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError)
 COLUMNS = 10
 _NUMBERS = ("loss", "grad_norm", "learning_rate")  # of the circumstances: not always finite
 COMMAND = "python -m normfree.diagnostics.replay"
@@ -146,7 +150,7 @@ def load_postmortem(path: str | Path) -> Postmortem:
         finding = None if told["finding"] is None else Finding.from_dict(told["finding"])
         values = {name: number(v) if name in _NUMBERS else v for name, v in told["circumstances"].items()}
         circumstances = Circumstances(**values)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (*UNREADABLE, yaml.YAMLError) as error:
         raise UserError(f"postmortem {directory} cannot be read: {error}", EXIT_CHECKPOINT) from error
     ckpt.verify(directory / "checkpoint")
     return Postmortem(directory, told["step"], config, rows, indices, finding, circumstances)
@@ -209,13 +213,18 @@ def ring_table(ring: dict[str, np.ndarray], rows: int = ROWS) -> str:
     if steps is None or not len(steps):
         return ""
     columns: dict[str, list[str]] = {"step": [str(int(s)) for s in steps[-rows:]]}
+    residual_only = ring.get("level", np.zeros(len(steps)))[-rows:] == LEVELS.index("residual")
     for name, values in ring.items():
-        if name == "step" or len(columns) > COLUMNS or values.ndim == 0 or len(values) != len(steps):
+        if name in NOT_SHOWN or len(columns) > COLUMNS or values.ndim == 0 or len(values) != len(steps):
             continue
         last = values[-rows:].reshape(len(columns["step"]), -1)
         if last.shape[1]:
             title = name if values.ndim == 1 else f"max {name}"
-            columns[title] = [f"{v:.4g}" for v in last.max(axis=1)]  # a NaN among them shows
+            shown = [f"{v:.4g}" for v in last.max(axis=1)]  # a NaN among them shows
+            if values.ndim > 1:  # what was not measured is no NaN
+                absent = residual_only & np.isnan(last.astype(float)).all(axis=1)
+                shown = ["-" if gone else cell for gone, cell in zip(absent, shown, strict=True)]
+            columns[title] = shown
     widths = {name: max(len(name), *map(len, column)) for name, column in columns.items()}
     lines = ["  ".join(name.rjust(widths[name]) for name in columns)]
     for cells in zip(*columns.values(), strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normfree.config import Config
 from normfree.diagnostics.hooks import ParameterRecorder, Recorder
-from normfree.records import RunWriter, read_records
+from normfree.records import RunWriter, read_records, truncate
 from normfree.runs import SITES
 from normfree.training.alarms import Event, HeadAlarm, ResidualAlarm, first_fault
 from normfree.training.views import Views
@@ -60,10 +60,7 @@ class Record:
         self.probe_sequences = probe_sequences
         self.n_slopes = n_slopes
         self.say = say
-        diagnostics = config.diagnostics
-        self.residual = ResidualAlarm(diagnostics.warn_factor, diagnostics.warn_window, config.model.n_layer)
-        earlier = writer.directory / "arrays" / "max_score.bin"  # of a run that goes on
-        self.heads = HeadAlarm(config, read_records(earlier)["value"][-1] if earlier.exists() else None)
+        self.set_alarms()
         self.last_loss = float("nan")
         self.started = time.monotonic()
         self.train_seconds = 0.0
@@ -87,6 +84,25 @@ class Record:
         self._mark = (self.train_seconds, self.tokens)
         return (self.tokens - tokens) / (self.train_seconds - seconds) if self.train_seconds > seconds else None
 
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded of `step` and after: those steps are done again."""
+        self.writer.close()
+        truncate(self.writer.directory, step)
+        self.writer = RunWriter(self.writer.directory)
+        self.set_alarms()
+
+    def set_alarms(self) -> None:
+        """What they know of the steps before comes from the record."""
+        diagnostics = self.config.diagnostics
+        self.residual = ResidualAlarm(diagnostics.warn_factor, diagnostics.warn_window, self.config.model.n_layer)
+        earlier = {}
+        for name in ("max_score", "overloaded", "collapsed"):
+            path = self.writer.directory / "arrays" / f"{name}.bin"
+            if path.exists():
+                records = read_records(path)
+                earlier[name] = (records["step"], records["value"])
+        self.heads = HeadAlarm(self.config, earlier)
+
     # -- numbers --------------------------------------------------------------------------------------------------
 
     def take(self, step: int, values: Tensor, packed: Packed) -> None:
@@ -105,13 +121,14 @@ class Record:
             self.write_arrays(step, arrays, "probe_", self.probe_sequences)
         if packed.record:
             self._training_record(step, parts, packed.snapshot)
+        assert not parts.values.numel(), "the vector of this step is longer than what was taken from it"
 
     def _watch(self, step: int, parts: "_Reader", watch: str, first_bad: bool) -> None:
         names = self.recorder.watch_names
         arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
         if "resid_max" in arrays:
             self.events(self.residual.look(step, arrays["resid_max"]))
-        if first_bad and self.config.nan_policy != "raise":  # which has an autopsy
+        if first_bad and self.config.nan_policy in ("skip", "log"):  # the others have an autopsy
             if watch == "residual":
                 arrays = {name: value for name, value in arrays.items() if name == "resid_max"}
             peak_sites = self.recorder.statistics["peak"].sites if "peak" in arrays else ()
@@ -122,9 +139,8 @@ class Record:
             axes = ("layer",) if self.n_slopes == self.config.model.n_layer else ("shared",)
             self._array("act_slope", step, parts.next(self.n_slopes).numpy().astype(np.float32), axes, "")
         arrays: dict[str, np.ndarray] = {}
-        for names in (self.recorder.names, self.recorder.snapshot_names * snapshot):
-            if names:
-                arrays |= self.recorder.unpack(parts.next(self.recorder.size(names)), names)
+        for names in [self.recorder.names] + [self.recorder.snapshot_names] * snapshot:
+            arrays |= self.recorder.unpack(parts.next(self.recorder.size(names)), names)
         self.write_arrays(step, arrays, "", self.config.train.batch_size)
         for name, value in self.parameter_recorder.unpack(parts.next(self.parameter_recorder.size())).items():
             unit = self.parameter_recorder.statistics[name].unit

@@ -5,6 +5,7 @@ range or the rounding of the run's precision: an overflow. What is not finite in
 numbers themselves. A replay may also meet nothing (other hardware, other kernels), and says so.
 """
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,10 +196,12 @@ def judge(pm: Postmortem, trained: Pass, eager: Pass, double: Pass) -> tuple[str
         return PLANTED, text + ", but the trace stopped elsewhere."
     if double.finding is not None:
         return DIVERGENCE, f"It is not finite in float64 either: {double.finding.words()}"
+    if found is None and math.isfinite(trained.loss) and math.isinf(trained.grad_norm):
+        return OVERFLOW, "Every gradient is finite; the norm of all together overflows float32."
     if found is None:
         return OVERFLOW, (
             "Only the step as it was trained meets it; run eagerly in the same precision it is finite, and in float64 "
-            "too: a question of range or rounding in the compiled kernels."
+            "too: a question of range or rounding in its kernels."
         )
     return OVERFLOW, f"In float64 the step is finite (loss {double.loss:.6g}). {_range(pm, found, double)}"
 

@@ -46,7 +46,7 @@ REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: finished, diverged or preempted, the exit code, the last validation loss, where it was written."""
+    """How a run ended (finished, diverged, preempted), its exit code, last validation loss and directory."""
 
     status: str
     exit_code: int
@@ -226,7 +226,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     writer.status(
         status="running",
         warnings=[],
-        events=[event for event in earlier.get("events", []) if event["step"] < start],
+        events=[event for event in earlier.get("events", []) if event["step"] < start or event["kind"] == "rollback"],
         **fresh,
         started_from_step=start,
         parameters=counts,
@@ -264,6 +264,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
             trainer.fit(start, record, bar)
         return _finish(trainer, record, console)
     except Diverged as error:
+        trainer.flag.clear()
         trainer.write_checkpoint(error.step)  # the state before the bad step
         _keep_postmortem(trainer, record, error, plugins)
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
@@ -280,7 +281,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         writer.status(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=repr(error))
         raise
     finally:
-        writer.close()
+        record.writer.close()
 
 
 def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins: list[dict[str, str]]) -> None:

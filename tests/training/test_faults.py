@@ -130,7 +130,9 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_the_interval():
     scaler = LossScaler(True, CPU, start=8.0, interval=2)
     scales = []
     for finite in (False, True, True, True, False):
-        assert scaler.overflowed(torch.tensor(finite)) == (not finite)
+        overflow = scaler.overflowed(torch.tensor(finite))
+        assert overflow == (not finite)
+        scaler.move(torch.tensor(finite), overflow, torch.tensor(False))
         scales.append(scaler.scale.item())
     assert scales == [4, 4, 8, 8, 4]
     assert scaler.skipped == 2

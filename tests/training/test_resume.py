@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from normfree import register_statistic
 from normfree.cli import run_config
+from normfree.diagnostics import STATISTICS, Statistic
 from normfree.errors import UserError
 from normfree.runs import TIMES, Run, load_run
 from normfree.training import checkpoint as ckpt
@@ -106,15 +109,37 @@ def test_the_seed_changes_the_run(train_tiny):
 
 
 def test_statistics_change_nothing(train_tiny):
-    """Weights and optimizer state are bit-identical with hooks at every step and without any."""
-    plain = train_tiny("plain", **HARD, **{"diagnostics.every": 0})
-    watched = train_tiny("watched", **HARD, **{"diagnostics.every": 1})
+    """Weights and optimizer state of 50 steps are bit-identical with everything measured at every step and nothing."""
+    settings = HARD | {"model.n_embd": 8, "train.batch_size": 4, "train.micro_batch_size": 2, "train.max_steps": 50}
+    settings |= {"train.eval_every": 0, "train.checkpoint_every": 0, "train.eval_tokens": 16}
+    everything = {"diagnostics.watch": "all", "diagnostics.every": 1, "diagnostics.snapshot_every": 1}
+    plain = train_tiny("plain", **settings, **{"diagnostics.watch": "off", "diagnostics.every": 0})
+    watched = train_tiny("watched", **settings, **everything)
     for kind in ("model", "optimizer"):
         ours, theirs = (load_file(run.checkpoints[-1][1] / f"{kind}.safetensors") for run in (plain, watched))
         assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) for name in ours)
     assert not plain.array_names
-    assert len(watched.entropy) == 9
+    assert set(STATISTICS) < set(watched.array_names)
+    for name in STATISTICS:
+        assert watched.array(name)[0].tolist() == list(range(50)), name
+
+
+def test_a_statistic_that_changes_something_is_noticed(train_tiny):
+    """The control: one that draws random numbers between two dropouts."""
+
+    @register_statistic("drawing")
+    class Drawing(Statistic):
+        def measure(self, seen):
+            return torch.rand(())
+
+    try:
+        plain = train_tiny("plain", **HARD, **{"diagnostics.every": 0})
+        watched = train_tiny("watched", **HARD, **{"diagnostics.statistics": ["drawing"]})
+    finally:
+        STATISTICS.remove("drawing")
+    ours, theirs = (load_file(run.checkpoints[-1][1] / "model.safetensors") for run in (plain, watched))
+    assert not all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def test_the_same_command_again_trains_nothing(train_tiny, monkeypatch, capsys):
