@@ -296,11 +296,21 @@ def weights_hash(config: Config) -> str:
 
 def weights_differences(ours: Config, theirs: Config) -> list[str]:
     """The keys, seed included, in which two configurations would train different weights: `key: ours, not theirs`."""
+    return _differences(ours, theirs, weights=True)
+
+
+def other_differences(ours: Config, theirs: Config) -> list[str]:
+    """The keys that a resumed run may change, `resume` and `run_dir` aside, in which two configurations differ."""
+    found = _differences(ours, theirs, weights=False)
+    return [line for line in found if not line.startswith(("resume:", "run_dir:"))]
+
+
+def _differences(ours: Config, theirs: Config, weights: bool) -> list[str]:
     other = {name: value for name, value, _ in flat_keys(theirs)}
     return [
         f"{name}: {value!r}, not {other[name]!r}"
-        for name, value, weights in flat_keys(ours)
-        if (weights or name == "seed") and value != other[name]
+        for name, value, changes in flat_keys(ours)
+        if (changes or name == "seed") == weights and value != other[name]
     ]
 
 

@@ -16,7 +16,10 @@ from normfree.runs import IN_ORDER, SITES
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth saying. `kind`: early_warning, overloaded, collapsed or non_finite; `layer`: the lowest."""
+    """Something worth saying; `layer`: the lowest that it is about.
+
+    `kind`: early_warning, overloaded, collapsed, non_finite, rollback or settings.
+    """
 
     step: int
     kind: str

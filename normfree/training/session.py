@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import normfree
 from normfree import heads
-from normfree.config import Config, weights_differences, weights_hash
+from normfree.config import Config, other_differences, weights_differences, weights_hash
 from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
@@ -30,6 +30,7 @@ from normfree.records import RunWriter, truncate
 from normfree.runs import checkpoint_name, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training import machine
+from normfree.training.alarms import Event
 from normfree.training.autopsy import keep_postmortem
 from normfree.training.faults import Diverged
 from normfree.training.loop import Trainer
@@ -202,9 +203,9 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
 
 def _say_again(before: RunResult, console: Console) -> RunResult:
     """The same command again: what that run came to, and what can be done."""
-    console.print(f"{before.run_dir} is {before.status} already.", style="bold")
+    console.print(f"{before.run_dir} is {before.status} already.", style="bold", soft_wrap=True)
     if before.status == "finished":
-        console.print(f"To train it longer: python run.py resume={before.run_dir} train.max_steps=N")
+        console.print(f"To train it longer: python run.py resume={before.run_dir} train.max_steps=N", soft_wrap=True)
     else:
         console.print(f"{load_run(before.run_dir).status.get('reason')}\nOther settings make another run.")
     return before
@@ -219,6 +220,11 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     config.resume = None  # done; the record is that of one run, however often it was interrupted
     fresh = dict.fromkeys(("reason", "last_step", "tokens_per_second", "sample", "val/loss", "fault"))
     earlier = load_run(run_dir).status if is_run(run_dir) else {}
+    changed = other_differences(config, load_run(run_dir).config) if is_run(run_dir) else []
+    events = [event for event in earlier.get("events", []) if event["step"] < start or event["kind"] == "rollback"]
+    if changed:
+        text = f"goes on from step {start} with other settings, none of which changes the weights: {'; '.join(changed)}"
+        events.append(Event(start, "settings", None, text).to_dict())
     writer = RunWriter(run_dir)
     writer.config(config)
     save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
@@ -226,7 +232,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     writer.status(
         status="running",
         warnings=[],
-        events=[event for event in earlier.get("events", []) if event["step"] < start or event["kind"] == "rollback"],
+        events=events,
         **fresh,
         started_from_step=start,
         parameters=counts,
@@ -268,14 +274,14 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         trainer.write_checkpoint(error.step)  # the state before the bad step
         _keep_postmortem(trainer, record, error, plugins)
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
-        console.print(f"diverged at {error}", style="bold red")
+        console.print(f"diverged at {error}", style="bold red", soft_wrap=True)
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
     except Preempted as stop:
         name = signal.Signals(stop.signum).name
         reason = f"{name} after {stop.step} steps; the same command goes on from there"
         writer.status(status="preempted", last_step=stop.step, reason=reason)
         record.views.finish({})
-        console.print(f"preempted: {reason}.", style="bold")
+        console.print(f"preempted: {reason}.", style="bold", soft_wrap=True)
         return RunResult("preempted", stop.exit_code, math.nan, run_dir)
     except BaseException as error:
         writer.status(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=repr(error))

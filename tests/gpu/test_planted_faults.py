@@ -1,4 +1,4 @@
-"""Faults planted at 50 random sites of a compiled run: python -m pytest -m gpu -n 10 tests/gpu/test_planted_faults.py"""
+"""Faults planted at 50 random sites of compiled runs: pytest -m gpu -n 10 tests/gpu/test_planted_faults.py"""
 
 import pytest
 import torch

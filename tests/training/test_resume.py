@@ -238,3 +238,15 @@ def test_a_longer_run_answers_the_original_command(train_tiny, capsys):
     train_tiny(resume="run", **{"train.max_steps": 8})
     assert train_tiny().status["last_step"] == 8
     assert "finished already" in capsys.readouterr().err
+
+
+def test_settings_that_change_no_weight_may_change_and_are_written_down(train_tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(**HARD)
+    run = train_tiny(**HARD, **{"diagnostics.every": 3})
+    assert run.status["status"] == "finished"
+    (event,) = [event for event in run.status["events"] if event["kind"] == "settings"]
+    assert event["step"] == 4
+    assert "diagnostics.every: 3, not 2" in event["text"]
