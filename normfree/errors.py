@@ -8,6 +8,7 @@ EXIT_CONFIG = 64  # a setting is wrong
 EXIT_DATA = 65  # the text or the tokenizer is wrong
 EXIT_CHECKPOINT = 66  # a checkpoint is missing or damaged
 EXIT_DIRECTORY = 73  # the run directory cannot be used
+EXIT_DISK = 74  # the last checkpoint could not be written
 EXIT_DIVERGED = 75  # training met a loss or gradient that is not finite
 EXIT_MEMORY = 77  # the device has too little memory
 EXIT_INTERRUPTED = 130  # Ctrl-C before training began; a signal to a training run ends it with 128 + its number

@@ -170,7 +170,8 @@ class Run:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory), oldest first."""
         found = (self.directory / "checkpoints").glob("step-*")
-        return sorted((int(path.name.removeprefix("step-")), path) for path in found if path.is_dir())
+        numbered = (path for path in found if path.name.removeprefix("step-").isdecimal() and path.is_dir())
+        return sorted((int(path.name.removeprefix("step-")), path) for path in numbered)
 
     def to_npz(self, path: str | Path) -> None:
         """All arrays in one .npz: `<name>` and `<name>_steps`."""

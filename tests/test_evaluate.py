@@ -24,6 +24,7 @@ from normfree.measure import measure_split
 from normfree.model import Transformer, init_weights
 from normfree.model.losses import IGNORED
 from normfree.runs import SITES, load_run
+from normfree.training import store
 from normfree.training.checkpoint import load_model
 
 PYTHIA = {"positions": "rotary", "parallel_residual": True, "tie_embeddings": False, "rotary_pct": 0.5}
@@ -210,9 +211,8 @@ def test_a_diverged_checkpoint_is_written_down_as_such(tmp_path):
     with torch.no_grad():
         model.blocks[0].mlp.fc.weight[0, 0] = math.nan
     save_file({name: p.detach() for name, p in model.named_parameters()}, path / "model.safetensors")
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["sha256"]["model.safetensors"] = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    digests = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in store.FILES}
+    (path / "MANIFEST.json").write_bytes(store.manifest(STEP, digests))
     assert main([str(path)]) == 0
     evaluation = load_run(run_dir / "evaluations" / path.name)
     assert math.isnan(evaluation.metrics["val/loss"][0])

@@ -1,27 +1,45 @@
-"""Checkpoints: safetensors and JSON only, written beside and renamed, every file's sha256 checked on load.
+"""What a checkpoint holds: weights, optimizer state and settings, as safetensors and JSON only.
 
     step-00000100/  model.safetensors  optimizer.safetensors  state.json  config.yaml  MANIFEST.json
 
-Random state needs no saving: data order and dropout are derived from the seed and the step.
+Random state needs no saving: data order and dropout are derived from the seed and the step. How the files get to the
+disk and are found again: store.py, whose functions are used by the names they have here.
 """
 
-import hashlib
 import json
-import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from normfree.config import Config, from_dict, to_dict
 from normfree.errors import EXIT_CHECKPOINT, UserError
 from normfree.model import Transformer
-from normfree.runs import MANIFEST, checkpoint_name, is_checkpoint, is_run, load_run
+from normfree.runs import is_checkpoint, is_run
+from normfree.training.store import NotSaved, best_good, newest_good, note_best, prune, sweep, verify, write
+
+__all__ = [
+    "NotSaved",
+    "best_good",
+    "find_checkpoint",
+    "load_config",
+    "load_model",
+    "load_training_state",
+    "load_weights",
+    "model_tensors",
+    "newest_good",
+    "note_best",
+    "optimizer_tensors",
+    "prune",
+    "save_checkpoint",
+    "sweep",
+    "verify",
+]
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -43,82 +61,23 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Tensor],
 ) -> bool:
-    """Write `checkpoints/step-<step>`; it exists whole or not at all. Returns whether all it holds is finite."""
-    target = run_dir / "checkpoints" / checkpoint_name(step)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Write `checkpoints/step-<step>`; it exists whole or not at all. Returns whether all it holds is finite.
+
+    Raises `NotSaved` where the disk is full or fails. Takes memory for a copy of its largest file.
+    """
     tensors = {name: t.cpu().contiguous() for name, t in model_tensors(model).items()}
     moments = {name: t.detach().cpu().contiguous() for name, t in optimizer_tensors(model, optimizer).items()}
     finite = all(bool(t.isfinite().all()) for t in (*tensors.values(), *moments.values()))
-    save_file(tensors, temporary / "model.safetensors")
-    moments |= {f"extra/{name}": t.cpu() for name, t in extra.items()}
-    save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "finite": finite}) + "\n")
-    (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "sha256": files}, indent=2) + "\n")
-    for path in temporary.iterdir():
-        _fsync(path)
-    _fsync(temporary)
-    if target.exists():  # left by a run that was resumed from before it
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _fsync(target.parent)
+    others = {f"extra/{name}": t.cpu() for name, t in extra.items()}
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        yield "model.safetensors", to_bytes(tensors)
+        yield "optimizer.safetensors", to_bytes(moments | others)
+        yield "state.json", json.dumps({"step": step, "finite": finite}).encode() + b"\n"
+        yield "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+
+    write(run_dir, step, contents())
     return finite
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's state.json, after every file has been found to be what was written."""
-
-    def damaged(what: str) -> UserError:
-        return UserError(f"checkpoint {checkpoint} is damaged: {what}.", EXIT_CHECKPOINT)
-
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(f"{MANIFEST} cannot be read ({error})") from error
-    for name, digest in manifest["sha256"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise damaged(f"{name} is missing")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise damaged(f"{name} is not what was written")
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def newest_good(run_dir: Path, finite: bool = True) -> tuple[int, Path] | None:
-    """(step, directory) of the newest checkpoint that verifies and, if `finite`, holds no NaN or Inf."""
-    for step, path in reversed(load_run(run_dir).checkpoints):
-        try:
-            state = verify(path)
-        except UserError:
-            continue  # a damaged checkpoint is passed over here; naming it explicitly is an error
-        if state["finite"] or not finite:
-            return step, path
-    return None
-
-
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, never the newest good one; and what killed writers left."""
-    for leftover in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
-    checkpoints = load_run(run_dir).checkpoints
-    old = checkpoints[: max(0, len(checkpoints) - keep)]
-    if not old:
-        return
-    good = newest_good(run_dir)
-    for step, path in old:
-        if (step, path) != good:
-            shutil.rmtree(path)
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -159,22 +118,26 @@ def load_training_state(
         entries.pop("extra", None)
         if entries:
             optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in entries.items()}
+    missing = [name for name in extra if f"extra/{name}" not in saved]
+    if missing:
+        raise UserError(f"checkpoint {checkpoint} has no {', '.join(missing)}: of another version.", EXIT_CHECKPOINT)
     for name, tensor in extra.items():
         tensor.copy_(saved[f"extra/{name}"])
     return state["step"]
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest good one of a run directory. Verified."""
+def find_checkpoint(path: str | Path, best: bool = False) -> Path:
+    """The checkpoint that `path` names: itself, or of a run directory the newest good one, or the `best`. Verified."""
     path = Path(path)
     if is_checkpoint(path):
         verify(path)
         return path
     if is_run(path):
-        good = newest_good(path)
+        good = best_good(path) if best else newest_good(path)
         if good is not None:
             return good[1]
-        raise UserError(f"run {path} has no checkpoint that is whole and finite.", EXIT_CHECKPOINT)
+        noted = " and was noted as its best" if best else ""
+        raise UserError(f"run {path} has no checkpoint that is whole and finite{noted}.", EXIT_CHECKPOINT)
     raise UserError(f"{path} is neither a run directory nor a checkpoint.", EXIT_CHECKPOINT)
 
 
@@ -182,12 +145,12 @@ def load_config(checkpoint: Path) -> Config:
     return from_dict(yaml.safe_load((checkpoint / "config.yaml").read_text()))
 
 
-def load_model(path: str | Path, device: str = "cpu") -> Transformer:
-    """The `Transformer` of a run (its newest good checkpoint) or of one checkpoint directory, in eval mode.
+def load_model(path: str | Path, device: str = "cpu", best: bool = False) -> Transformer:
+    """The `Transformer` of a run (its newest good checkpoint, or its `best`) or of one checkpoint, in eval mode.
 
     `model(idx)` maps token ids (B, T) to logits (B, T, V). Every file is verified before it is used.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, best)
     model = Transformer(load_config(checkpoint).model)
     load_weights(model, checkpoint)
     return model.to(device).eval()

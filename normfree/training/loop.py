@@ -214,15 +214,28 @@ class Trainer:
         micro = self.config.train.micro_batch_size or 1
         self.last_val = evaluate_loss(self.model, self.eval_rows, micro, self.precision)
         record.scalars(step, loss_metrics(self.last_val, self.bytes_per_token))
+        try:
+            ckpt.note_best(self.run_dir, step, self.last_val)
+        except OSError as error:
+            record.problem(f"{self.run_dir}: the best checkpoint was not noted ({error.strerror})")
 
     def write_checkpoint(self, step: int) -> bool:
         """Returns whether weights and moments are finite."""
         state = self.extra_state()
         return ckpt.save_checkpoint(self.run_dir, step, self.config, self.model, self.optimizer, state)
 
-    def save(self, step: int) -> None:
-        finite = self.write_checkpoint(step)
-        ckpt.prune(self.run_dir, self.config.train.keep_checkpoints)
+    def save(self, step: int, record: Record) -> None:
+        """A full disk costs this checkpoint, not the run: it is said and counted, and the next one is tried."""
+        record.writer.sync()
+        try:
+            finite = self.write_checkpoint(step)
+        except ckpt.NotSaved as error:
+            record.missed_checkpoint(step, str(error))
+            return
+        try:
+            ckpt.prune(self.run_dir, self.config.train.keep_checkpoints)
+        except OSError as error:
+            record.problem(f"{self.run_dir}: old checkpoints were not deleted ({error.strerror})")
         if not finite and self.flag.sticky:
             raise faults.Diverged(step, f"step {step}: weights or optimizer moments are no longer finite.")
 
@@ -259,7 +272,7 @@ class Trainer:
     def fit(self, start: int, record: Record, progress: tqdm) -> None:
         """Train from step `start` to the end, however often the run has to be taken back."""
         if self.config.nan_policy == "rollback" and start == 0:
-            self.save(0)  # there is always somewhere to go back to
+            self.save(0, record)  # there is always somewhere to go back to
         while True:
             try:
                 return self.run_steps(start, record, progress)
@@ -271,7 +284,8 @@ class Trainer:
         """Back to the last good checkpoint; the bad step is left out from now on. Returns the step to go on from."""
         self.mailbox.settled(everything=True)  # of steps that were masked, and are done again
         good = ckpt.newest_good(self.run_dir)
-        assert good is not None, "fit writes a first checkpoint"
+        if good is None:  # the first one, which fit writes, could not be written
+            raise fault
         self.rollbacks.note(fault.step)
         noted = self.rollbacks.bad_steps.clone()
         start = ckpt.load_training_state(self.model, self.optimizer, self.extra_state(), good[1])
@@ -290,7 +304,7 @@ class Trainer:
             stopped_by = self.signals.received
             if step > start and (stopped_by is not None or self.is_due(step, config.train.checkpoint_every)):
                 self.wait(record)
-                self.save(step)
+                self.save(step, record)
             if stopped_by is not None:
                 raise Preempted(stopped_by, step)
             if self.is_due(step, config.train.eval_every):

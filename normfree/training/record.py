@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normfree.config import Config
 from normfree.diagnostics.hooks import ParameterRecorder, Recorder
-from normfree.records import RunWriter, read_records, truncate
+from normfree.records import RunWriter, read_records
 from normfree.runs import SITES
 from normfree.training.alarms import Event, HeadAlarm, ResidualAlarm, first_fault
 from normfree.training.views import Views
@@ -62,6 +62,7 @@ class Record:
         self.say = say
         self.set_alarms()
         self.last_loss = float("nan")
+        self.missed: list[int] = []  # steps whose checkpoint could not be written
         self.started = time.monotonic()
         self.train_seconds = 0.0
         self.tokens = 0
@@ -86,9 +87,8 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Drop what was recorded of `step` and after: those steps are done again."""
-        self.writer.close()
-        truncate(self.writer.directory, step)
-        self.writer = RunWriter(self.writer.directory)
+        self.writer.rewind(step)
+        self.missed = [missed for missed in self.missed if missed < step]
         self.set_alarms()
 
     def set_alarms(self) -> None:
@@ -155,6 +155,17 @@ class Record:
         for event in events:
             self.writer.event(event.to_dict())
             self.say(event.text)
+
+    def problem(self, text: str) -> None:
+        """Say what the disk did not take; it is among the warnings of run.json in the end."""
+        self.views.problems.append(text)
+        self.say(f"warning: {text}")
+
+    def missed_checkpoint(self, step: int, text: str) -> None:
+        """The same of a checkpoint, whose step is kept in run.json."""
+        self.missed.append(step)
+        self.writer.status(unsaved_checkpoints=[*self.writer.fields.get("unsaved_checkpoints", []), step])
+        self.problem(text)
 
     def _write_scalars(self, step: int, head: dict[str, float], lr: float) -> None:
         row = {"train/loss": head["loss"], "lr": lr, "grad_norm": head["grad_norm"]}

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from normfree import heads
 from normfree.config import Config, other_differences, weights_differences, weights_hash
 from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
-from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
+from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DISK, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
 from normfree.records import RunWriter, truncate
 from normfree.runs import checkpoint_name, is_run, load_run, norm_label
@@ -33,6 +32,7 @@ from normfree.training import machine
 from normfree.training.alarms import Event
 from normfree.training.autopsy import keep_postmortem
 from normfree.training.faults import Diverged
+from normfree.training.locking import LOCK, alone
 from normfree.training.loop import Trainer
 from normfree.training.postmortem import fault_entry
 from normfree.training.record import Record
@@ -87,7 +87,7 @@ def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]])
     """The checkpoint to go on from, or None for a fresh start. Refuses a directory that is another run's."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir={run_dir} is a file.", EXIT_DIRECTORY)
-    if not run_dir.exists() or not any(p for p in run_dir.iterdir() if p.name != "run.lock"):
+    if not run_dir.exists() or not any(p for p in run_dir.iterdir() if p.name != LOCK):
         return None
     if not is_run(run_dir):
         raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
@@ -112,23 +112,6 @@ def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]])
             EXIT_CHECKPOINT,
         )
     return None if good is None else good[1]
-
-
-@contextlib.contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory; the lock is freed when the process ends, however it ends."""
-    lock = FileLock(run_dir / "run.lock")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"run_dir={run_dir} is in use by another process.", EXIT_DIRECTORY) from error
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}.", EXIT_DIRECTORY) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -194,6 +177,7 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
             ckpt.load_weights(trainer.model, ckpt.find_checkpoint(config.init_from))
         # Up to here nothing was written. Now hold the directory, and look again: another process may have been there.
         with alone(run_dir):
+            ckpt.sweep(run_dir)
             before = ended(config, run_dir, plugins)
             if before is not None:
                 return _say_again(before, console)
@@ -225,7 +209,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     if changed:
         text = f"goes on from step {start} with other settings, none of which changes the weights: {'; '.join(changed)}"
         events.append(Event(start, "settings", None, text).to_dict())
-    writer = RunWriter(run_dir)
+    writer = RunWriter(run_dir, keep_going=True)
     writer.config(config)
     save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
     counts = trainer.model.parameter_counts()
@@ -233,6 +217,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         status="running",
         warnings=[],
         events=events,
+        unsaved_checkpoints=[step for step in earlier.get("unsaved_checkpoints", []) if step < start],
         **fresh,
         started_from_step=start,
         parameters=counts,
@@ -271,14 +256,18 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         return _finish(trainer, record, console)
     except Diverged as error:
         trainer.flag.clear()
-        trainer.write_checkpoint(error.step)  # the state before the bad step
+        try:
+            trainer.write_checkpoint(error.step)  # the state before the bad step
+        except ckpt.NotSaved as problem:
+            record.missed_checkpoint(error.step, str(problem))
         _keep_postmortem(trainer, record, error, plugins)
         _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
         console.print(f"diverged at {error}", style="bold red", soft_wrap=True)
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
     except Preempted as stop:
         name = signal.Signals(stop.signum).name
-        reason = f"{name} after {stop.step} steps; the same command goes on from there"
+        where = "the last checkpoint" if stop.step in record.missed else "there"
+        reason = f"{name} after {stop.step} steps; the same command goes on from {where}"
         writer.status(status="preempted", last_step=stop.step, reason=reason)
         record.views.finish({})
         console.print(f"preempted: {reason}.", style="bold", soft_wrap=True)
@@ -313,27 +302,36 @@ def _close(trainer: Trainer, record: Record, **status: Any) -> None:
 
         drawn = draw_all(load_run(trainer.run_dir), trainer.run_dir / "figures")
         warnings += [f"figure {name}: {error}" for name, error in drawn.items() if isinstance(error, Exception)]
-    record.writer.status(warnings=warnings)
+    record.writer.status(warnings=warnings + record.writer.losses())
 
 
 def _finish(trainer: Trainer, record: Record, console: Console) -> RunResult:
     config = trainer.config
     text = _sample(trainer)
+    unsaved = config.train.max_steps in record.missed
     _close(
         trainer,
         record,
-        status="finished",
+        status="unsaved" if unsaved else "finished",
         last_step=config.train.max_steps,
+        **({"reason": "the last checkpoint could not be written"} if unsaved else {}),
         tokens_per_second=round(record.tokens_per_second, 1),
         sample=text,
         **{"val/loss": trainer.last_val},
     )
-    run = load_run(trainer.run_dir)
-    console.print(closing_table(run))
+    if not record.writer.losses():  # else what the table is made of may be missing
+        console.print(closing_table(load_run(trainer.run_dir)))
     console.print("sample: ", end="", style="bold")
     console.print(text)
-    for warning in run.status["warnings"]:
+    for warning in record.writer.fields["warnings"]:
         console.print(f"warning: {warning}", style="yellow")
+    if unsaved:
+        console.print(
+            "The last checkpoint could not be written, so the run is not finished: make room and run the same command "
+            "again. It goes on from the last checkpoint.",
+            style="bold red",
+        )
+        return RunResult("unsaved", EXIT_DISK, trainer.last_val, trainer.run_dir)
     if trainer.device.type == "cpu":
         console.print(f"The real thing, on a GPU: {REAL_THING}")
     return RunResult("finished", EXIT_OK, trainer.last_val, trainer.run_dir)

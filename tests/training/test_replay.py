@@ -72,15 +72,16 @@ def change_weights(pm, change):
     """Rewrite the postmortem's weights, and the manifest with them."""
     import hashlib
 
+    from normfree.training import store
+
     path = pm.checkpoint / "model.safetensors"
     weights = load_file(path)
     change(weights)
     path.unlink()  # the file is a hard link
     save_file(weights, path)
-    manifest = json.loads((pm.checkpoint / "MANIFEST.json").read_text())
-    manifest["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    digests = {name: hashlib.sha256((pm.checkpoint / name).read_bytes()).hexdigest() for name in store.FILES}
     (pm.checkpoint / "MANIFEST.json").unlink()
-    (pm.checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    (pm.checkpoint / "MANIFEST.json").write_bytes(store.manifest(pm.step, digests))
 
 
 def test_without_the_fault_the_step_is_finite(planted):
