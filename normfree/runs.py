@@ -14,7 +14,7 @@ next writer.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from glob import glob
 from pathlib import Path
@@ -219,6 +219,17 @@ def expand(patterns: Iterable[str | Path]) -> list[Run]:
             inner = sorted(p.parent for p in Path(name).glob("*/config.yaml")) if not is_run(name) else []
             runs += [load_run(path) for path in inner or [Path(name)]]
     return runs
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Short names that tell the runs apart: the name, with the seed or else the directory where names repeat."""
+    options = (
+        [run.name for run in runs],
+        [f"{run.name} s{run.config.seed}" for run in runs],
+        [run.directory.name for run in runs],
+        [str(run.directory) for run in runs],
+    )
+    return next((names for names in options if len(set(names)) == len(runs)), options[-1])
 
 
 def load_runs(pattern: str | Path | Iterable[str | Path]) -> "pd.DataFrame":

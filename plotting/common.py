@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError
 from normfree.runs import Run, expand, norm_label
+from normfree.runs import labels as labels  # every script says common.labels
 
 Row = dict[str, Any]
 Plot = Callable[[Sequence[Run], FigureBase, argparse.Namespace], list[Row]]
@@ -218,17 +219,6 @@ def seq_len(run: Run) -> int:
 
 
 # -------------------------------------------------------------------------------------------------- words and looks
-
-
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Short names that tell the runs apart: the name, with the seed or else the directory where names repeat."""
-    options = (
-        [run.name for run in runs],
-        [f"{run.name} s{run.config.seed}" for run in runs],
-        [run.directory.name for run in runs],
-        [str(run.directory) for run in runs],
-    )
-    return next((names for names in options if len(set(names)) == len(runs)), options[-1])
 
 
 def describe(run: Run) -> str:

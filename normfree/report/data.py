@@ -26,17 +26,6 @@ MAX_SNAPSHOTS = 6
 MAX_POSITIONS = 64
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Short names that tell the runs apart: the name, with the seed or else the directory where names repeat."""
-    options = (
-        [run.name for run in runs],
-        [f"{run.name} s{run.config.seed}" for run in runs],
-        [run.directory.name for run in runs],
-        [str(run.directory) for run in runs],
-    )
-    return next((names for names in options if len(set(names)) == len(runs)), options[-1])
-
-
 def seq_len(run: Run) -> int:
     """T, the tokens of a training sequence; it sets the ceiling of the entropies."""
     T = run.config.data.seq_len

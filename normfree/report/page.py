@@ -19,10 +19,10 @@ from markupsafe import Markup
 from normfree.errors import EXIT_DIRECTORY, UserError
 from normfree.heads import OVERLOADED, RANGE_NAMES
 from normfree.records import write_atomically
-from normfree.report.data import labels, run_data, seq_len
+from normfree.report.data import run_data, seq_len
 from normfree.report.packing import MAX_POINTS, MAX_RECORDS
 from normfree.report.tables import overview, settings
-from normfree.runs import Run
+from normfree.runs import Run, labels
 
 TITLE = "normfree report"
 SUFFIXES = (".html", ".htm")
