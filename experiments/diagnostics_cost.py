@@ -9,6 +9,7 @@ the trainer itself, on text, all variants in one process and interleaved, median
     all        diagnostics.watch=all: entropy, maximum score, residual maximum and counts, a finite flag of every site
     tenth      diagnostics.watch=off and everything recorded at every tenth step
 
+Without a GPU it is the default job (nano, 16 x 128, fp32, eager) on the CPU: read the ratios, on an idle machine.
 `--profile` prints the kernels that `all` adds.
 """
 
@@ -31,15 +32,25 @@ from normfree.training.session import provenance, versions
 STEPS = 10  # of a variant at a time
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def configuration(batch: int, T: int) -> Config:
     config = Config()
     config.model.norm, config.model.act = "none", "relu"
+    config.train.batch_size, config.data.seq_len, config.train.max_steps = batch, T, 10**6
+    if DEVICE.type == "cpu":
+        config.train.precision, config.optim.lr = "fp32", 1e-4
+        return resolve(config)
     config.model.n_layer, config.model.n_head, config.model.n_embd, config.model.block_size = 12, 12, 768, 1024
     config.model.vocab_size = 50304
     config.optim.lr = 1e-4  # safe: a lost run would measure NaN
-    config.data.seq_len = T
-    config.train.batch_size, config.train.precision, config.train.compile = batch, "bf16", True
-    config.train.max_steps = 10**6
+    config.train.precision, config.train.compile = "bf16", True
     return resolve(config)
 
 
@@ -47,7 +58,7 @@ def build(batch: int, T: int, hooks: bool) -> Trainer:
     config = configuration(batch, T)
     corpus = prepare(config.data)
     resolve_vocabulary(config, corpus.tokenizer.n_vocab)
-    trainer = Trainer(config, corpus, Path("unused"), torch.device("cuda"))
+    trainer = Trainer(config, corpus, Path("unused"), DEVICE)
     if not hooks:
         trainer.recorder.remove()
     return trainer
@@ -64,13 +75,13 @@ class Variant:
         """Milliseconds a step."""
         trainer = self.trainer
         trainer.set_watch(self.watch)
-        torch.cuda.synchronize()
+        synchronize()
         began = time.perf_counter()
         for i in range(steps):
             trainer.train_step(self.step, Due(record=bool(self.every) and i % self.every == self.every // 2))
             trainer.mailbox.settled()
             self.step += 1
-        torch.cuda.synchronize()
+        synchronize()
         trainer.mailbox.settled(everything=True)
         if self.watch != "off":  # raises where the hooks did not fire
             trainer.recorder.unpack(trainer.recorder.flat().cpu())
@@ -133,12 +144,10 @@ def print_profile(variants: dict[str, Variant]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--shapes", nargs="+", default=["512x128", "64x1024"])
+    parser.add_argument("--shapes", nargs="+", default=["512x128", "64x1024"] if DEVICE.type == "cuda" else ["16x128"])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(64, "this measures a GPU, and PyTorch sees no CUDA device here\n")
     rows = []
     for shape in options.shapes:
         batch, T = map(int, shape.split("x"))
@@ -148,7 +157,7 @@ def main() -> None:
         print(f"{row['batch']} x {row['T']}: " + ", ".join(f"{n} {v:.2f} ms" for n, v in row["ms"].items()))
         print("   " + ", ".join(f"{n} {v:+.2f} %" for n, v in row["percent"].items()))
     if options.out:
-        about = {"device": torch.cuda.get_device_name(), "versions": versions()}
+        about = {"device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu", "versions": versions()}
         with open(options.out, "w") as file:
             json.dump(about | provenance() | {"rounds": options.rounds, "steps": STEPS, "rows": rows}, file, indent=2)
 

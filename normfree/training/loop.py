@@ -132,6 +132,7 @@ class Trainer:
             parts.append(due.probe)
         if due.record:
             parts += self.recorded(due.snapshot)
+            assert weight_peaks is not None, "a record looks at the weights"
             parts += self.parameter_recorder.before_update(norms, weight_peaks)
         self.recorder.level = "off"
         if self.config.optim.grad_clip:
@@ -168,8 +169,8 @@ class Trainer:
             parts.append(self.recorder.flat(self.recorder.snapshot_names))
         return parts
 
-    def state(self, record: bool) -> tuple[Tensor, Tensor]:
-        """The largest magnitude of weights, and whether what the step read is finite, 0-d bool: before the update.
+    def state(self, record: bool) -> tuple[Tensor | None, Tensor]:
+        """Before the update: the largest magnitude of each weight, where it was looked at, and a finite flag, 0-d bool.
 
         Finite gradients keep finite moments finite. So moments are looked at with a record, for memory gone bad, and
         at every step where `debug.inject` plants something: its fault must stop the run at its own step.
@@ -180,7 +181,7 @@ class Trainer:
             return found[: len(weights)], found.isfinite().all()
         tables = self.partly_read if self.watch != "off" else []
         finite = peaks(tables).isfinite().all() if tables else torch.ones((), dtype=torch.bool, device=self.device)
-        return finite, finite
+        return None, finite
 
     def head(self, loss: Tensor, grad_norm: Tensor, bad_rows: Tensor) -> tuple[Tensor, ...]:
         """The values that `record.SCALARS` names."""

@@ -52,7 +52,8 @@ def gradient_norms(parameters: list[nn.Parameter]) -> Tensor:
 def partly_read(model: Transformer) -> list[Tensor]:
     """The weights of which a step may leave rows unread: position and untied token embeddings.
 
-    A NaN or Inf in any other weight makes the loss NaN or Inf, so that these are all that is left to look at.
+    A NaN or Inf in another weight reaches the loss, so that these are what is left to look at. Two things hide it, both
+    of -Inf: a bias before a ReLU, and keys whose every score becomes -Inf. `param_inf_count` and checkpoints see those.
     """
     tables = [model.wpe.weight] if model.wpe is not None else []
     if model.lm_head is not None:

@@ -130,7 +130,7 @@ class Record:
             self.events(self.residual.look(step, arrays["resid_max"]))
         if first_bad and self.config.nan_policy in ("skip", "log"):  # the others have an autopsy
             if watch == "residual":
-                arrays = {name: value for name, value in arrays.items() if name == "resid_max"}
+                arrays = {name: arrays[name] for name in ("resid_max", "nan_count", "inf_count") if name in arrays}
             peak_sites = self.recorder.statistics["peak"].sites if "peak" in arrays else ()
             self.events([first_fault(step, arrays, peak_sites)])
 
