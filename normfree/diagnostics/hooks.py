@@ -46,6 +46,7 @@ class Recorder:
 
     Buffers: (n_layer, *shape), or (sites, n_layer, *shape) for a statistic of several sites. `statistics` may also map
     names to classes that are in no table. `seq_len` is that of the batches; default: the model's block_size.
+    `beside` are measured with them and reported nowhere: the graph of a compiled step depends on what is measured.
     """
 
     def __init__(
@@ -53,16 +54,18 @@ class Recorder:
         model: Transformer,
         statistics: Sequence[str] | Mapping[str, type[Statistic]],
         seq_len: int | None = None,
+        beside: Sequence[str] = (),
     ) -> None:
         self.level = "off"
         self.n_layer = model.config.n_layer
         self.device = model.wte.weight.device
         classes = statistics if isinstance(statistics, Mapping) else {name: STATISTICS[name] for name in statistics}
         seq_len = seq_len or model.config.block_size
-        self.statistics: dict[str, Statistic] = {name: cls(model.config, seq_len) for name, cls in classes.items()}
-        self.names = [name for name, s in self.statistics.items() if not s.snapshot]
-        self.snapshot_names = [name for name, s in self.statistics.items() if s.snapshot]
-        self.watch_names = [name for name, s in self.statistics.items() if s.every_step]
+        measured = {name: STATISTICS[name] for name in STATISTICS if name in classes or name in beside} | dict(classes)
+        self.statistics: dict[str, Statistic] = {name: cls(model.config, seq_len) for name, cls in measured.items()}
+        self.names = [name for name in classes if not self.statistics[name].snapshot]
+        self.snapshot_names = [name for name in classes if self.statistics[name].snapshot]
+        self.watch_names = [name for name in classes if self.statistics[name].every_step]
         self._places, self._buffers = self._lay_out()
         # micro-batches of this record, and forward passes that recorded
         self.passes = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -127,7 +130,7 @@ class Recorder:
                 assert not kwargs.get("q_offset", 0), "with a key-value cache there is nothing to record"
                 if not any(self._wanted(s, site) for s in self.statistics.values() for site in INSIDE_ATTENTION):
                     return
-                rows = self.level == "record" and bool(self.snapshot_names)
+                rows = self.level == "record" and any(s.snapshot for s in self.statistics.values())
                 census = Census(args[0], args[1], module.scale, rows)
                 for site, tensor in zip(INSIDE_ATTENTION, (args[0], args[1], output), strict=True):
                     self._measure(Observation(site, tensor, census))

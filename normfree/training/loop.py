@@ -78,10 +78,14 @@ class Trainer:
         names = config.diagnostics.statistics
         assert names is not None, "the configuration is not resolved"
         kept = [n for n in names if config.diagnostics.snapshot_every or not getattr(STATISTICS[n], "snapshot", False)]
-        self.recorder = Recorder(self.model, [n for n in kept if is_forward(n)], seq_len)
+        self.compiled = machine.choose_compile(config, device)
+        # A graph with statistics and one without round differently. So under train.deterministic a compiled run has
+        # one graph, that of a record, whatever it records.
+        self.one_graph = self.compiled and machine.choose_deterministic(config, device)
+        beside = [n for n in STATISTICS if is_forward(n)] if self.one_graph else []
+        self.recorder = Recorder(self.model, [n for n in kept if is_forward(n)], seq_len, beside)
         self.parameter_recorder = ParameterRecorder(self.model, [n for n in names if not is_forward(n)])
         self.set_watch(machine.choose_watch(config, device))
-        self.compiled = machine.choose_compile(config, device)
         self.forward = machine.compiled(self.model, self.compiled)
         self.last_val = float("nan")
         self.signals = Signals()
@@ -108,8 +112,8 @@ class Trainer:
         lr = learning_rate(step, self.config.train.max_steps, self.config.optim) * self.rollbacks.lr_factor(step)
         set_learning_rate(self.optimizer, lr)
         level = "record" if due.record else self.watch
-        if level != "off":
-            self.recorder.start(self.micro_batches, level)
+        if level != "off" or self.one_graph:
+            self.recorder.start(self.micro_batches, "record" if self.one_graph else level)
         loss, bad_rows = self.backward_passes(step, rows, count)
 
         self.scaler.unscale_([p.grad for p in self.parameters if p.grad is not None])

@@ -235,3 +235,26 @@ def test_going_on_forgets_the_events_of_steps_done_again(train_tiny, monkeypatch
     resumed = train_tiny("stopped", **settings)
     assert resumed.status["started_from_step"] == 4
     assert resumed.status["events"] == whole
+
+
+def test_a_compiled_deterministic_run_has_one_graph_whatever_it_records(train_tiny, monkeypatch):
+    """Statistics in a graph change how the rest of it is fused and rounded; so there is only one graph."""
+    graphs = set()
+    train_step = Trainer.train_step
+
+    def watching(self, step, due):
+        def forward(*args):
+            graphs.add((self.recorder.level, tuple(self.recorder.statistics)))
+            return self.model(*args)
+
+        self.forward = forward
+        return train_step(self, step, due)
+
+    monkeypatch.setattr(Trainer, "train_step", watching)
+    nothing = {"diagnostics.watch": "off", "diagnostics.every": 0, "diagnostics.snapshot_every": 0}
+    for name, more in {"nothing": nothing, "one": {"diagnostics.statistics": ["peak"]}, "default": {}}.items():
+        train_tiny(name, **QUIET, **{"train.compile": True, "train.max_steps": 2}, **more)
+    assert graphs == {("record", tuple(name for name in STATISTICS if is_forward(name)))}
+    train_tiny("eager", **QUIET, **nothing, **{"train.max_steps": 2})
+    assert ("off", tuple(name for name in STATISTICS if is_forward(name))) not in graphs  # snapshots are not kept
+    assert len(graphs) == 2
