@@ -31,19 +31,25 @@ def _on_cuda(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("normfree::attention_census", mutates_args=())
-def _census(q: Tensor, k: Tensor, scale: float, rows: bool) -> tuple[Tensor, Tensor]:
+def _census(q: Tensor, k: Tensor, scale: float, rows_wanted: bool) -> tuple[Tensor, Tensor]:
     if _on_cuda(q) and q.size(-1) <= MAX_HEAD_DIM:
         from normfree.diagnostics import entropy_triton
 
         summary, entropy = entropy_triton.census(q, k, scale)
-        return summary, entropy if rows else entropy.new_empty(0)
-    entropy, lse, max_score, sink = attention_rows(q, k, scale=scale)
-    later = slice(1, None) if q.size(2) > 1 else slice(0, 0)
-    one_minus_max = (1 - (max_score - lse).exp())[:, :, later].mean(dim=(0, 2))
-    parts = [entropy.mean(dim=(0, 2)), sink.mean(dim=(0, 2)), one_minus_max if q.size(2) > 1 else 0 * lse[0, :, 0]]
-    parts += [entropy.isnan().sum(dim=(0, 2)).to(lse.dtype), max_score.amax(dim=(0, 2))]
-    parts += [peak(q).amax(dim=(0, 2)).to(lse.dtype), peak(k).amax(dim=(0, 2)).to(lse.dtype)]
-    return torch.stack([*parts, torch.zeros_like(parts[0])], dim=1), entropy if rows else entropy.new_empty(0)
+        return summary, entropy if rows_wanted else entropy.new_empty(0)
+    rows = torch.stack([*attention_rows(q, k, scale=scale), peak(q), peak(k)])
+    return _summary_of(rows), rows[0].clone() if rows_wanted else rows.new_empty(0)
+
+
+def _summary_of(rows: Tensor) -> Tensor:
+    """What each row tells, (6, B, H, T), as the summary (H, 8) of the batch; T > 0."""
+    entropy, lse, max_score, sink, q_peak, k_peak = rows.unbind()
+    one_minus_max = 1 - (max_score - lse).exp()
+    columns = [entropy.mean(dim=(0, 2)), sink.mean(dim=(0, 2))]
+    columns.append(one_minus_max[:, :, 1:].mean(dim=(0, 2)) if rows.size(3) > 1 else torch.zeros_like(columns[0]))
+    columns.append(entropy.isnan().sum(dim=(0, 2)).to(rows.dtype))
+    columns += [x.amax(dim=(0, 2)) for x in (max_score, q_peak, k_peak)]
+    return torch.stack([*columns, torch.zeros_like(columns[0])], dim=1)
 
 
 @_census.register_fake
@@ -52,12 +58,36 @@ def _(q: Tensor, k: Tensor, scale: float, rows: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty((q.size(1), 8), dtype=dtype), q.new_empty(q.shape[:-1] if rows else (0,), dtype=dtype)
 
 
-class Census:
-    """Of one layer's attention in one forward pass; q, k (B, H, T, D), any strides."""
+@torch.library.custom_op("normfree::summarize", mutates_args=())
+def _summarize(rows: Tensor) -> Tensor:
+    if not rows.is_cuda:
+        return _summary_of(rows)
+    from normfree.diagnostics import entropy_triton
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, rows: bool) -> None:
-        # heads (H, 8): the columns of `Summary`, and an empty one. entropy (B, H, T), or empty.
-        self.heads, self.entropy = _census(q.detach(), k.detach(), scale, rows)
+    return entropy_triton.summarize(rows)
+
+
+@_summarize.register_fake
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.size(2), 8)
+
+
+class Census:
+    """Of one layer's attention in one forward pass."""
+
+    def __init__(self, heads: Tensor, entropy: Tensor) -> None:
+        self.heads = heads  # (H, 8): the columns of `Summary`, and an empty one
+        self.entropy = entropy  # (B, H, T), or empty
+
+    @classmethod
+    def take(cls, q: Tensor, k: Tensor, scale: float, rows: bool) -> "Census":
+        """q, k (B, H, T, D), any strides."""
+        return cls(*_census(q.detach(), k.detach(), scale, rows))
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> "Census":
+        """What `normfree.kernels.attention.packed_attention` saw: (6, B, H, T)."""
+        return cls(_summarize(rows.detach()), rows[0].detach())
 
     @property
     def summary(self) -> Summary:

@@ -62,7 +62,7 @@ def _take_in(s, m, z, w, c):
 
 
 @triton.jit
-def _forward(
+def _entropy_forward(
     Q, K, ENTROPY, LSE, MAX, SINK, Q_PEAK, K_PEAK,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d,
     H, T, S, q_offset, c,
@@ -318,7 +318,7 @@ def _run_forward(
     B, H, T, D = q.shape
     tiles = tiles or forward_tiles(T, D, q.dtype)
     with torch.cuda.device(q.device):
-        _forward[(B * H * triton.cdiv(T, tiles.rows),)](
+        _entropy_forward[(B * H * triton.cdiv(T, tiles.rows),)](
             *(q, k, *(rows if len(rows) == 6 else [*rows, rows[0], rows[0]]), *_shared(q, k), q_offset),
             scale * LOG2_E,
             **_compile_time(D, q.dtype, tiles),
@@ -340,15 +340,21 @@ def census(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, T, _ = q.shape
     assert q.shape == k.shape, "with an offset, not every key would be looked at"
     rows = torch.empty(6, B, H, T, dtype=torch.float32, device=q.device)
-    parts = torch.empty(B, H, 8, dtype=torch.float32, device=q.device)
-    summary = torch.empty(H, 8, dtype=torch.float32, device=q.device)
     _run_forward(q, k, list(rows), scale, 0)
-    with torch.cuda.device(q.device):
+    return summarize(rows), rows[0]
+
+
+def summarize(rows: Tensor) -> Tensor:
+    """What each row (6, B, H, T) tells, to the summary (H, 8) of the batch."""
+    _, B, H, T = rows.shape
+    parts = torch.empty(B, H, 8, dtype=torch.float32, device=rows.device)
+    summary = torch.empty(H, 8, dtype=torch.float32, device=rows.device)
+    with torch.cuda.device(rows.device):
         chunk = min(1024, max(32, triton.next_power_of_2(T)))
         _summarize_rows[(B * H,)](rows, parts, rows[0].numel(), T, CHUNK=chunk, num_warps=max(1, chunk // 128))
         over = (float(B * T), float(max(1, B * (T - 1))))
         _summarize_batch[(H,)](parts, summary, B, H, *over, CHUNK=256, num_warps=4)
-    return summary, rows[0]
+    return summary
 
 
 def count_non_finite(x: Tensor, gate: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.config import ModelConfig
+from normfree.kernels import attention as kernel
+from normfree.model.linear import Linear, linear
 
 
 class KVCache:
@@ -58,6 +60,7 @@ class QKVLinear(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.n_embd
+        self.fast = False
         self.weight = nn.Parameter(torch.empty(3 * width, width))
         self.bias_qk = nn.Parameter(torch.empty(2 * width)) if config.bias.qk else None
         self.bias_v = nn.Parameter(torch.empty(width)) if config.bias.v else None
@@ -74,7 +77,7 @@ class QKVLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, 3C)"""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.fast)
 
 
 class InnerAttention(nn.Module):
@@ -82,11 +85,17 @@ class InnerAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.fast = False
+        self.look = False  # whether diagnostics want what the fast path's own pass over the scores tells,
+        self.seen: Tensor | None = None  # and that, until they take it
         self.dropout = config.dropout.attn
         self.scale = config.head_dim**-0.5
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Query row i stands at position q_offset + i."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0, packed: Tensor | None = None) -> Tensor:
+        """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Query row i stands at position q_offset + i.
+
+        `packed` (B, T, 3C): the tensor of which q, k and v are views, if they are.
+        """
         queries, keys = q.size(2), k.size(2)
         assert queries + q_offset == keys, f"{queries} queries from position {q_offset}, but {keys} keys"
         square = q_offset == 0
@@ -94,6 +103,9 @@ class InnerAttention(nn.Module):
         if not square and queries > 1:  # a lone last query sees every key
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(q_offset)
         dropout = self.dropout if self.training else 0.0
+        if self.fast and packed is not None and not dropout and kernel.expressible(packed, q.size(1)):
+            y, self.seen = kernel.packed_attention(packed, q.size(1), self.scale, self.look)
+            return y.unflatten(2, (q.size(1), -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, dropout_p=dropout, scale=self.scale
         )
@@ -108,11 +120,12 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.qkv = QKVLinear(config)
         self.inner_attention = InnerAttention(config)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias.attn_proj)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias.attn_proj)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).split(C, dim=-1)
+        qkv = self.qkv(x)  # (B, T, 3C)
+        q, k, v = qkv.split(C, dim=-1)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
@@ -121,5 +134,6 @@ class Attention(nn.Module):
             q, k = rotary(q, offset), rotary(k, offset)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, offset + T, D)
-        y = self.inner_attention(q, k, v, q_offset=offset)
+        packed = qkv if rotary is None and cache is None else None
+        y = self.inner_attention(q, k, v, q_offset=offset, packed=packed)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))

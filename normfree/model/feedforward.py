@@ -3,17 +3,31 @@
 from torch import Tensor, nn
 
 from normfree.config import ModelConfig
+from normfree.kernels import autocast_dtype
+from normfree.kernels import linear as kernel
+from normfree.model.linear import Linear
 
 
 class MLP(nn.Module):
-    """proj(act(fc(x))): (B, T, C) -> (B, T, C). `act` may be shared with other blocks."""
+    """proj(act(fc(x))): (B, T, C) -> (B, T, C). `act` may be shared with other blocks.
+
+    On the fast path an activation that can do so runs inside the matrix products, unless `open`: then fc, act and proj
+    are called, and what lies between them can be seen.
+    """
 
     def __init__(self, config: ModelConfig, act: nn.Module) -> None:
         super().__init__()
         assert config.n_inner is not None
-        self.fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias.mlp_fc)
+        self.fast, self.open = False, False
+        self.fc = Linear(config.n_embd, config.n_inner, bias=config.bias.mlp_fc)
         self.act = act
-        self.proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias.mlp_proj)
+        self.proj = Linear(config.n_inner, config.n_embd, bias=config.bias.mlp_proj)
+        plain = config.act_beta == 1.0 and config.n_embd % 8 == 0 and config.n_inner % 8 == 0
+        self.act_inside = config.act if config.act in kernel.ACTS and plain else None
 
     def forward(self, x: Tensor) -> Tensor:
+        half = autocast_dtype(x)
+        if self.fast and not self.open and self.act_inside is not None and half is not None:
+            fc, proj = self.fc, self.proj
+            return kernel.feed_forward(x.to(half), fc.weight, fc.bias, proj.weight, proj.bias, self.act_inside)
         return self.proj(self.act(self.fc(x)))

@@ -1,5 +1,8 @@
 """The decoder-only transformer of every family: what differs between GPT-2 and Pythia is data (`ModelConfig`)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -106,6 +109,18 @@ class Transformer(nn.Module):
         if targets is None:
             return head_logits(hidden, self.head_weight, self.vocab_used)
         return self.loss(hidden, self.head_weight, targets, self.vocab_used)
+
+    @contextmanager
+    def fast_paths(self, on: bool) -> Iterator[None]:
+        """Within it, forward passes under autocast take the operators of `normfree.kernels` where they have one."""
+        switched = [part for part in (*self.modules(), self.loss) if hasattr(part, "fast")]
+        for part in switched:
+            part.fast = on
+        try:
+            yield
+        finally:
+            for part in switched:
+                part.fast = False
 
     def new_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> KVCache:
         return KVCache(self.config, batch_size, self.wte.weight.device, dtype)

@@ -98,7 +98,7 @@ def test_the_census_is_what_the_cpu_says(T, dtype, bad):
     q, k = inputs((5, 3, T, 24), dtype, 20)
     if bad is not None:
         k[2, 1, T // 2, 3] = bad
-    ours, cpu = (Census(a, b, 0.2, True) for a, b in ((q, k), (q.cpu(), k.cpu())))
+    ours, cpu = (Census.take(a, b, 0.2, True) for a, b in ((q, k), (q.cpu(), k.cpu())))
     for name, value in ours.summary._asdict().items():
         assert torch.allclose(value.cpu(), getattr(cpu.summary, name), rtol=1e-4, atol=1e-5, equal_nan=True), name
     assert torch.allclose(ours.entropy.cpu(), cpu.entropy, atol=1e-4, equal_nan=True)

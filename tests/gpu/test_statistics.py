@@ -54,4 +54,4 @@ def test_a_compiled_step_in_bf16_stays_within_what_compiling_otherwise_changes(n
     print(f"{norm}: loss {loss:.6f}, blocks {loss_2 - loss:.1e}, recorded {loss_3 - loss:.1e}")
     print(f"{norm}: gradients relative to their norm: blocks {blocks:.1e}, recorded {recorded:.1e}")
     assert abs(loss_3 - loss) <= abs(loss_2 - loss) + 1e-6 * abs(loss)
-    assert recorded <= blocks + 1e-6
+    assert recorded <= 1.5 * blocks + 1e-6

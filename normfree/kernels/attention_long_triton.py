@@ -1,0 +1,178 @@
+"""The CUDA kernels of attention over long sequences; imported for CUDA tensors only, by `attention` beside it.
+
+Forward: a running maximum and sum over tiles of keys (FlashAttention-2: Dao, arXiv:2307.08691), with the sum that gives
+the entropy (`normfree.diagnostics.entropy_triton`) carried along where diagnostics ask for it. Backward: the scores are
+computed again from the rows' log-sum-exp, once by blocks of keys for dK and dV and once by blocks of rows for dQ; so no
+sum is shared between programs. Everything is read from and written to packed tensors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normfree.kernels.attention_triton import LOG2_E, _larger, _load, _store, _write_rows
+
+
+@triton.jit
+def _take_in(s, v, m, z, w, acc, LOOK: tl.constexpr):
+    """Add a tile of scores in bits, (ROWS, KEYS), and its values to the rows' maximum, sums and output."""
+    new = tl.maximum(m, tl.max(s, 1))
+    t = s - new[:, None]
+    p = tl.exp2(t)
+    rise = new - m
+    decay = tl.exp2(-rise)
+    if LOOK:
+        w = (w - rise * z) * decay + tl.sum(p * _larger(t, -1e4), 1)  # -inf weighs 0 times a finite number
+    return new, z * decay + tl.sum(p, 1), w, tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+
+
+@triton.jit
+def _forward(
+    QKV, OUT, LSE2, STATISTICS, n, T, C, H, c,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, LOOK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, ROWS)
+    first = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # the longest rows first
+    head = (tl.program_id(0) // blocks).to(tl.int64)  # of all B * H
+    base = QKV + head // H * T * 3 * C + head % H * D
+    q = _load(base, first, T, 3 * C, ROWS, D)
+    m = tl.full([ROWS], -1e30, tl.float32)  # finite, so that the first rise is
+    z = tl.zeros([ROWS], tl.float32)
+    w = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for start in range(0, first, KEYS):
+        k = _load(base + C, start, T, 3 * C, KEYS, D)
+        v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
+        m, z, w, acc = _take_in(tl.dot(q, tl.trans(k)) * c, v, m, z, w, acc, LOOK)
+    row = first + tl.arange(0, ROWS)
+    for start in range(first, tl.minimum(first + ROWS, T), KEYS):
+        k = _load(base + C, start, T, 3 * C, KEYS, D)
+        v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
+        seen = (start + tl.arange(0, KEYS))[None, :] <= row[:, None]
+        s = tl.where(seen, tl.dot(q, tl.trans(k)) * c, float("-inf"))
+        m, z, w, acc = _take_in(s, v, m, z, w, acc, LOOK)
+    _store(OUT + head // H * T * C + head % H * D, acc / z[:, None], first, T, C, ROWS, D)
+    tl.store(LSE2 + head * T + row, m + tl.log2(z), mask=row < T)
+    if LOOK:
+        key_0 = _load(base + C, 0, 1, 3 * C, 16, D)
+        first_score = tl.sum(q.to(tl.float32) * tl.sum(key_0.to(tl.float32), 0)[None, :], 1) * c
+        sink = tl.exp2(tl.minimum(first_score - m, 0.0, propagate_nan=tl.PropagateNan.ALL))  # rounds differently
+        k = _load(base + C, first, T, 3 * C, ROWS, D)
+        _write_rows(STATISTICS, n, head * T + row, row < T, m, z, w, tl.minimum(sink, z), q, k)
+
+
+@triton.jit
+def _add_rows(
+    q_base, dy_base, lse2_base, delta_base, first, key, k, v, dk, dv, T, C, c,
+    ROWS: tl.constexpr, D: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """What rows first .. first + ROWS - 1 give to the keys' and values' gradients; scores are (KEYS, ROWS) here."""
+    q = _load(q_base, first, T, 3 * C, ROWS, D)
+    dy = _load(dy_base, first, T, C, ROWS, D)
+    row = first + tl.arange(0, ROWS)
+    lse2 = tl.load(lse2_base + row, mask=row < T, other=float("inf"))  # no probability from T on
+    delta = tl.load(delta_base + row, mask=row < T, other=0.0)
+    p = tl.exp2(tl.dot(k, tl.trans(q)) * c - lse2[None, :])
+    if DIAGONAL:
+        p = tl.where(key[:, None] <= row[None, :], p, 0.0)
+    dv = tl.dot(p.to(dy.dtype), dy, dv)
+    ds = p * (tl.dot(v, tl.trans(dy)) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk), dv
+
+
+@triton.jit
+def _backward_keys(
+    GRAD, QKV, LSE2, DELTA, OUT, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    blocks = tl.cdiv(T, KEYS)
+    first = tl.program_id(0) % blocks * KEYS  # the keys that most rows see first
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    base = QKV + head // H * T * 3 * C + head % H * D
+    dy = GRAD + head // H * T * C + head % H * D
+    k = _load(base + C, first, T, 3 * C, KEYS, D)
+    v = _load(base + 2 * C, first, T, 3 * C, KEYS, D)
+    dk = tl.zeros([KEYS, D], tl.float32)
+    dv = tl.zeros([KEYS, D], tl.float32)
+    key = first + tl.arange(0, KEYS)
+    lse2, delta = LSE2 + head * T, DELTA + head * T
+    for start in range(first, tl.minimum(first + KEYS, T), ROWS):
+        dk, dv = _add_rows(base, dy, lse2, delta, start, key, k, v, dk, dv, T, C, c, ROWS, D, True)
+    for start in range(first + KEYS, T, ROWS):
+        dk, dv = _add_rows(base, dy, lse2, delta, start, key, k, v, dk, dv, T, C, c, ROWS, D, False)
+    out = OUT + head // H * T * 3 * C + head % H * D
+    _store(out + C, dk * scale, first, T, 3 * C, KEYS, D)
+    _store(out + 2 * C, dv, first, T, 3 * C, KEYS, D)
+
+
+@triton.jit
+def _backward_rows(
+    GRAD, QKV, Y, LSE2, DELTA, OUT, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """dQ; and the sum of p dp over each row, which is that of y dy, for `_backward_keys`."""
+    blocks = tl.cdiv(T, ROWS)
+    first = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    base = QKV + head // H * T * 3 * C + head % H * D
+    rows = head // H * T * C + head % H * D
+    q = _load(base, first, T, 3 * C, ROWS, D)
+    dy = _load(GRAD + rows, first, T, C, ROWS, D)
+    row = first + tl.arange(0, ROWS)
+    lse2 = tl.load(LSE2 + head * T + row, mask=row < T, other=float("inf"))[:, None]
+    delta = tl.sum(_load(Y + rows, first, T, C, ROWS, D).to(tl.float32) * dy.to(tl.float32), 1)
+    tl.store(DELTA + head * T + row, delta, mask=row < T)
+    delta = delta[:, None]
+    dq = tl.zeros([ROWS, D], tl.float32)
+    for start in range(0, first, KEYS):
+        k = _load(base + C, start, T, 3 * C, KEYS, D)
+        v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
+        p = tl.exp2(tl.dot(q, tl.trans(k)) * c - lse2)
+        dq = tl.dot((p * (tl.dot(dy, tl.trans(v)) - delta)).to(k.dtype), k, dq)
+    for start in range(first, tl.minimum(first + ROWS, T), KEYS):
+        k = _load(base + C, start, T, 3 * C, KEYS, D)
+        v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
+        p = tl.exp2(tl.dot(q, tl.trans(k)) * c - lse2)
+        p = tl.where((start + tl.arange(0, KEYS))[None, :] <= row[:, None], p, 0.0)
+        dq = tl.dot((p * (tl.dot(dy, tl.trans(v)) - delta)).to(k.dtype), k, dq)
+    _store(OUT + head // H * T * 3 * C + head % H * D, dq * scale, first, T, 3 * C, ROWS, D)
+
+
+# Rows, keys, warps and stages of a program, the fastest on an H200 at T = 1024 and D = 64.
+FORWARD = (64, 64, 4, 3)
+FORWARD_LOOK = (128, 64, 4, 3)
+BACKWARD_ROWS = (64, 64, 4, 3)
+BACKWARD_KEYS = (32, 64, 4, 3)
+
+
+def _tiles(chosen: tuple[int, int, int, int]) -> dict[str, int]:
+    rows, keys, warps, stages = chosen
+    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+def forward(qkv: Tensor, heads: int, scale: float, look: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, T, C), log-sum-exp in bits (B, H, T), and where `look` the rows (6, B, H, T), else nothing."""
+    B, T, width = qkv.shape
+    C = width // 3
+    out = torch.empty(B, T, C, dtype=qkv.dtype, device=qkv.device)
+    lse2 = torch.empty(B, heads, T, dtype=torch.float32, device=qkv.device)
+    rows = torch.empty((6, B, heads, T) if look else (0,), dtype=torch.float32, device=qkv.device)
+    with torch.cuda.device(qkv.device):
+        args = (qkv, out, lse2, rows, lse2.numel(), T, C, heads, scale * LOG2_E)
+        tiles = _tiles(FORWARD_LOOK if look else FORWARD)
+        grid = (B * heads * triton.cdiv(T, tiles["ROWS"]),)
+        _forward[grid](*args, **tiles, D=C // heads, LOOK=look)
+    return out, lse2, rows
+
+
+def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, heads: int, scale: float) -> Tensor:
+    B, T, C = out.shape
+    delta = torch.empty_like(lse2)
+    found = torch.empty_like(qkv)
+    D = C // heads
+    with torch.cuda.device(qkv.device):
+        sizes = (found, T, C, heads, scale * LOG2_E, scale)
+        rows = (B * heads * triton.cdiv(T, BACKWARD_ROWS[0]),)
+        _backward_rows[rows](grad, qkv, out, lse2, delta, *sizes, **_tiles(BACKWARD_ROWS), D=D)
+        keys = (B * heads * triton.cdiv(T, BACKWARD_KEYS[1]),)
+        _backward_keys[keys](grad, qkv, lse2, delta, *sizes, **_tiles(BACKWARD_KEYS), D=D)
+    return found

@@ -1,0 +1,129 @@
+"""The CUDA kernels of the fast paths against their contracts on the CPU: python -m pytest -m gpu tests/gpu"""
+
+import pytest
+import torch
+
+from normfree.config import IGNORED, ModelConfig
+from normfree.diagnostics.census import Census
+from normfree.kernels import attention, linear, loss
+from normfree.model import Transformer, init_weights
+
+pytestmark = pytest.mark.gpu
+
+
+def drawn(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def error(found, wanted):
+    return ((found.cpu().double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", attention.HEAD_DIMS)
+@pytest.mark.parametrize("T", [1, 17, 64, 100, 128, 129, 333, 1024])
+def test_packed_attention(T, D, dtype):
+    B, H, scale = 3, 2, D**-0.5
+    qkv, grad = drawn(B, T, 3 * H * D, dtype=dtype), drawn(B, T, H * D, seed=1, dtype=dtype)
+    assert attention.expressible(qkv.cuda(), H)
+    exact = qkv.double().requires_grad_()
+    wanted, _ = attention.packed_attention(exact, H, scale)
+    wanted.backward(grad.double())
+    leaf = qkv.cuda().requires_grad_()
+    found, nothing = attention.packed_attention(leaf, H, scale)
+    assert not nothing.numel()
+    found.backward(grad.cuda())
+    assert error(found, wanted.detach()) < 5e-3
+    if T > 1:  # a single key has no gradient but v's
+        assert error(leaf.grad, exact.grad) < 1e-2
+    y, rows = attention.packed_attention(leaf, H, scale, look=True)
+    assert error(y.detach(), found.detach().cpu()) < 1e-3
+    ours = Census.of_rows(rows)
+    q, k, _ = attention._unpack(qkv, H)
+    theirs = Census.take(q, k, scale, True)
+    torch.testing.assert_close(ours.heads.cpu(), theirs.heads, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.entropy.cpu(), theirs.entropy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [100, 300])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_attention_tells_of_numbers_that_are_not_finite(value, T):
+    qkv = drawn(2, T, 3 * 64)
+    qkv[1, T // 2, 3] = value
+    q, k, _ = attention._unpack(qkv, 2)
+    theirs = Census.take(q, k, 0.2, True)
+    ours = Census.of_rows(attention.packed_attention(qkv.cuda(), 2, 0.2, look=True)[1])
+    torch.testing.assert_close(ours.heads.cpu(), theirs.heads, rtol=1e-3, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(ours.entropy.cpu(), theirs.entropy, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("act", linear.ACTS)
+@pytest.mark.parametrize(("M", "K", "N"), [(1000, 96, 200), (128, 128, 128), (4096, 768, 3072), (1, 8, 16)])
+def test_gradient_product(M, K, N, act):
+    grad, weight, saved = drawn(M, K), drawn(K, N, seed=1), 2 * drawn(M, N, seed=2)
+    saved = saved.relu() if act == "relu" else saved
+    wanted, sums, hidden = linear._gradient_product(grad.double(), weight.double(), saved.double(), act)
+    found, found_sums, found_hidden = linear._gradient_product(grad.cuda(), weight.cuda(), saved.cuda(), act)
+    assert error(found, wanted) < 5e-3
+    assert error(found_sums, wanted.sum(0)) < 1e-3
+    if act != "relu":
+        assert error(found_hidden, hidden) < 5e-3
+
+
+def test_a_weights_gradient_is_not_rounded():
+    grad, x = drawn(4096, 96), drawn(4096, 64, seed=1)
+    found = linear.weight_gradient(grad.cuda(), x.cuda())
+    assert found.dtype == torch.float32
+    assert error(found, grad.double().t() @ x.double()) < 1e-5
+
+
+@pytest.mark.parametrize("used", [50304, 50257])
+def test_softmax_gradient(used):
+    logits = 4 * drawn(20, 50304)
+    targets = torch.randint(0, used, (20,), generator=torch.Generator().manual_seed(0))
+    targets[3] = IGNORED
+    logits[7, 100] = float("nan")
+    found = logits.cuda()
+    losses = loss.softmax_gradient_(found, targets.cuda(), used)
+    wanted = loss.softmax_gradient_(logits, targets, used)
+    torch.testing.assert_close(losses.cpu(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(found.cpu(), logits, rtol=1e-2, atol=1e-6, equal_nan=True)
+
+
+def test_the_loss_over_several_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "CUDA_ROWS", 64)
+    hidden, weight = drawn(200, 64), 0.3 * drawn(1024, 64, seed=1, dtype=torch.float32)
+    targets = torch.arange(200)
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    wanted = torch.nn.functional.cross_entropy((exact[0] @ exact[1].t())[:, :1000], targets, reduction="sum")
+    wanted.backward()
+    leaves = [hidden.cuda().requires_grad_(), weight.cuda().requires_grad_()]
+    total, bad = loss.linear_cross_entropy(*leaves, targets.cuda(), 1000)
+    total.backward()
+    assert bad == 0
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert all(error(a.grad, b.grad) < 1e-2 for a, b in zip(leaves, exact, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("norm", "act"), [("none", "relu"), ("layernorm", "gelu_tanh")])
+def test_gradients_of_a_model_are_as_near_to_the_exact_ones_as_the_plain_paths(norm, act, compiled):
+    config = ModelConfig(norm=norm, act=act, n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=4096)
+    idx = torch.randint(0, 4096, (16, 128), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def step(fast, half=True):
+        torch.compiler.reset()
+        model = Transformer(config).cuda()
+        init_weights(model, 0)
+        forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half), model.fast_paths(fast):
+            mean = forward(idx, idx).sum / idx.numel()
+        mean.backward()
+        return mean.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (exact, g), (plain, g_plain), (fast, g_fast) = step(False, False), step(False), step(True)
+    away, as_far = ((x - g).norm() / g.norm() for x in (g_fast, g_plain))
+    print(f"{norm} {act}: loss {exact:.5f}, plain {plain - exact:.1e}, fast {fast - exact:.1e}")
+    print(f"{norm} {act}: gradients from the exact ones: plain {as_far:.2e}, fast {away:.2e}")
+    assert abs(fast - exact) < 2 * abs(plain - exact) + 1e-3
+    assert away < 1.1 * as_far
