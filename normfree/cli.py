@@ -1,132 +1,137 @@
 """The command line: compose, check, look at the data, and only then import torch and train.
 
-The only file besides run.py that knows Hydra. A user's mistake ends here as one message on stderr and an exit code.
+Only this file and words.py, which looks at what was typed, know Hydra. A user's mistake ends here as one message on
+stderr and an exit code.
 """
 
 import json
+import math
 import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from difflib import get_close_matches
+import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import (
-    Config,
-    flat_keys,
-    help_lines,
-    resolve,
-    resolve_vocabulary,
-)
-from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError, unknown
+from normfree.config import Config, flat_keys, help_lines, resolve, resolve_vocabulary
+from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError
+from normfree.kinds import shown
 from normfree.plugins import load_plugin
-from normfree.rules import CHOICES, validate
+from normfree.records import write_atomically
+from normfree.rules import cross_faults, validate, value_faults
 from normfree.runs import is_checkpoint, is_run
+from normfree.words import CONF, KEYS, Typed, groups, parse, read, split_words, values_of
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 PROCESS_VARIABLE = "NORMFREE_PROCESS"  # the process that was started; others are workers of a parallel sweep
 PLUGINS_VARIABLE = "NORMFREE_PLUGINS"  # how `--plugin` reaches the processes of a parallel sweep
-KEYS = {name: weights for name, _, weights in flat_keys(Config())}
-SECTIONS = {name[: m.start()] for name in KEYS for m in re.finditer(r"\.", name)}
-
-OPTIONAL = ("norm", "act", "experiment")  # groups that null leaves to the family
 
 _plugins: dict[str, dict[str, str]] = {}
 
 
-# -- checking what was typed ------------------------------------------------------------------------------------------
+# -- composing --------------------------------------------------------------------------------------------------------
 
 
-def groups() -> dict[str, list[str]]:
-    """What can be chosen as a file: group -> names."""
-    return {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
-
-
-def _values(override: Override) -> Iterator[Any]:
-    if override.is_sweep_override():
-        try:
-            yield from override.sweep_iterator()
-        except HydraException:
-            return  # a range or glob is expanded, and checked, by Hydra
-    else:
-        yield override.value()
-
-
-def unknown_key(name: str, known: list[str]) -> str:
-    """The key that was probably meant, and the keys of its section; all of them would fill a page."""
-    section = name.rpartition(".")[0]
-    siblings = [key for key in known if key.rpartition(".")[0] == section] or sorted(SECTIONS)
-    close = get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown key {name!r}.{hint} There are: {', '.join(siblings)} (all keys: python run.py --help)."
-
-
-def _override_problems(override: Override) -> Iterator[str]:
-    name = override.key_or_group
-    if name.split(".")[0].split("/")[0] == "hydra":
-        return
-    if override.is_add() or override.is_delete() or override.package is not None:
-        yield f"{override.input_line}: keys are neither added nor removed here; write key=value."
-        return
-    choices = groups()
-    if name in choices:
-        for value in _values(override):
-            if not (value is None and name in OPTIONAL) and str(value) not in choices[name]:
-                own = f" Your own is typed model.{name}={value}." if value in CHOICES.get(f"model.{name}", ()) else ""
-                yield f"{name}={value}: " + unknown(name, value, choices[name]) + own
-    elif name not in KEYS and name not in SECTIONS:
-        yield unknown_key(name, [*KEYS, *choices])
-    else:
-        for value in _values(override):
-            if isinstance(value, str) and ("${" in value or value == "???"):
-                yield f"{name}={value}: write the value itself."
-                continue
-            try:
-                OmegaConf.update(OmegaConf.structured(Config), name, value)
-            except OmegaConfBaseException as error:
-                yield f"{name}={value}: {str(error).splitlines()[0]}"
-
-
-def check_overrides(words: list[str], multirun: bool) -> None:
-    """Raise one `UserError` with everything that is wrong with `key=value` words, before Hydra sees them."""
+def _compose(words: list[str]) -> DictConfig:
+    """conf/ and the words, with Hydra's own node; nothing of it has been acted on. Raises UserError."""
+    if not ConfigStore.instance().repo.get("schema.yaml"):
+        ConfigStore.instance().store(name="schema", node=Config)
     try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise UserError(f"not of the form key=value: {str(error).splitlines()[0]}") from error
-    problems = [problem for override in overrides for problem in _override_problems(override)]
-    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
-    if swept and not multirun:
-        problems.append(f"{', '.join(swept)}: several values are a sweep; add -m (python run.py -m ...).")
-    if multirun and any(o.key_or_group == "run_dir" and not o.is_sweep_override() for o in overrides):
-        problems.append("run_dir: the jobs of a sweep cannot share one directory. Leave it null: each names its own.")
-    if problems:
-        raise UserError("\n".join(problems))
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="run"):
+            return compose("config", overrides=words, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"conf/ cannot be composed: {' '.join(lines[:4])}") from error
 
 
-# -- one job ----------------------------------------------------------------------------------------------------------
+def _behaviour(cfg: DictConfig) -> dict[str, Any]:
+    """What decides how Hydra itself acts: where it writes, what it logs, calls, and sets in the environment."""
+    node: Any = OmegaConf.to_container(cfg.hydra, resolve=False)
+    chosen = {name: choice for name, choice in node["runtime"]["choices"].items() if name.startswith("hydra/")}
+    job = {name: node["job"][name] for name in ("chdir", "config", "env_set", "env_copy")}
+    return {k: v for k, v in node.items() if k not in ("runtime", "overrides", "job")} | {"job": job, "chosen": chosen}
 
 
-def compose_config(cfg: DictConfig) -> Config:
+@cache
+def _plain_behaviour(words: tuple[str, ...]) -> dict[str, Any]:
+    return _behaviour(_compose(list(words)))
+
+
+def _preset_faults(cfg: DictConfig) -> list[str]:
+    """A file in conf/ says what a run is, and no more: it looks nothing up, and leaves Hydra as it is."""
+    typed = tuple(cfg.hydra.overrides.hydra)
+    wanted, found = _plain_behaviour(typed), _behaviour(cfg)
+    other = [f"hydra.{name}" for name in found if found[name] != wanted.get(name)]
+    faults = (
+        [f"{', '.join(other)}: set by a file in conf/. Presets are settings of a run, not of Hydra."] if other else []
+    )
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
+    for name, value in _leaves({k: v for k, v in values.items() if k != "hydra"}):
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            faults.append(f"{name}={shown(value)}: a value in a file in conf/ is written out, not looked up.")
+    return faults
+
+
+def _leaves(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(values, dict | list):
+        return [(prefix, values)]
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    return [leaf for key, value in pairs for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def to_config(cfg: DictConfig, choices: Any) -> Config:
     """The composed configuration as our dataclasses, with the run's name filled in."""
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
     if config.name is None:
-        choices = HydraConfig.get().runtime.choices
         config.name = f"{choices['model']}-{choices['size']}-{config.model.norm}-{config.model.act}"
     return config
+
+
+def check_overrides(words: list[str], multirun: bool) -> Config | None:
+    """The configuration that the words mean; None for a sweep, of which each job is looked at when its turn comes.
+
+    Raises one `UserError` with everything that is wrong: words, presets, values and rules between them. Writes nothing.
+    """
+    typed = read(words, multirun)
+    problems = list(typed.problems)
+    config = None
+    try:
+        cfg = _compose(typed.plain())
+        found = _preset_faults(cfg)
+        for word in typed.swept_groups():
+            found += _preset_faults(_compose([*typed.plain(), word]))
+        problems += dict.fromkeys(found)
+        if not multirun and not found:
+            config = to_config(cfg, cfg.hydra.runtime.choices)
+            problems += _config_faults(config, typed)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _config_faults(config: Config, typed: Typed) -> list[str]:
+    """Of the words without fault. With a file of conf/ unknown, rules between keys would blame the wrong ones."""
+    faults = dict(value_faults(config))
+    between = config.resume is None and not typed.bad.intersection(groups())
+    return [*faults.values(), *(cross_faults(config, set(faults) | typed.bad) if between else ())]
+
+
+# -- one job ----------------------------------------------------------------------------------------------------------
 
 
 def resumed_config(config: Config, typed: list[str]) -> Config:
@@ -137,27 +142,36 @@ def resumed_config(config: Config, typed: list[str]) -> Config:
     saved = load_run(config.resume).config
     ours = {name: value for name, value, _ in flat_keys(config)}
     theirs = {name: value for name, value, _ in flat_keys(saved)}
-    for override in OverridesParser.create().parse_overrides(typed):
-        name = override.key_or_group
+    refused = []
+    for name in dict.fromkeys(override.key_or_group for override in parse(typed)[0]):
         if name == "resume":
             continue
-        allowed = name == "train.max_steps" or (name in KEYS and not KEYS[name] and name not in ("run_dir", "seed"))
-        if not allowed and (name not in KEYS or ours[name] != theirs[name]):
-            was = f" is {theirs[name]!r} in that run" if name in theirs else " is a choice of that run"
-            raise UserError(
-                f"resume={config.resume}: {name}{was} and cannot change now. With resume, only train.max_steps and "
-                "keys that leave the weights alone can be given. Start a new run instead (or init_from=...)."
-            )
-        *sections, leaf = name.split(".")
-        target: Any = saved
-        for section in sections:
-            target = getattr(target, section)
-        setattr(target, leaf, ours[name])
+        free = name == "train.max_steps" or (name in KEYS and not KEYS[name] and name not in ("run_dir", "seed"))
+        if name not in KEYS:
+            refused.append(f"{name} is a choice of that run")
+        elif not free and ours[name] != theirs[name]:
+            refused.append(f"{name}: {shown(ours[name])}, not {shown(theirs[name])}")
+        else:
+            _set(saved, name, ours[name])
     done = theirs["train.max_steps"]
     if saved.train.max_steps < done:
-        raise UserError(f"resume={config.resume}: train.max_steps={saved.train.max_steps} is less than its {done}.")
+        refused.append(f"train.max_steps: {saved.train.max_steps}, less than its {done}")
+    if refused:
+        raise UserError(
+            f"resume={config.resume}: these cannot change now (here, not there):\n  " + "\n  ".join(refused) + "\nWith "
+            "resume, only a larger train.max_steps and keys that leave the weights alone can be given. Start a new run "
+            "instead (or init_from=...)."
+        )
     saved.run_dir = saved.resume = config.resume
     return saved
+
+
+def _set(config: Config, name: str, value: Any) -> None:
+    *sections, leaf = name.split(".")
+    target: Any = config
+    for section in sections:
+        target = getattr(target, section)
+    setattr(target, leaf, value)
 
 
 def run_config(config: Config) -> Any:
@@ -166,15 +180,21 @@ def run_config(config: Config) -> Any:
     config = resolve(config)
     validate(config)
     # What can be seen in a second is refused before text is tokenised, which can take hours.
-    if config.init_from is not None and not (is_run(config.init_from) or is_checkpoint(config.init_from)):
-        raise UserError(f"init_from={config.init_from} is neither a run directory nor a checkpoint.", EXIT_CHECKPOINT)
+    goes_on = config.run_dir is not None and is_run(config.run_dir)
+    origin = None if config.init_from is None or goes_on else Path(config.init_from)
+    if origin is not None and not (is_run(origin) or is_checkpoint(origin)):
+        raise UserError(f"init_from={origin} is neither a run directory nor a checkpoint.", EXIT_CHECKPOINT)
     if config.train.device == "cuda":
         from normfree.training.machine import choose_device
 
         choose_device(config)
     from normfree.data.packing import prepare
+    from normfree.data.tokenizer import require_same_tokenizer
 
     corpus = prepare(config.data, lambda text: print(text, file=sys.stderr))
+    if origin is not None:
+        run_dir = origin.resolve().parent.parent if is_checkpoint(origin) else origin
+        require_same_tokenizer(f"init_from={origin}", run_dir / "tokenizer", corpus.tokenizer)
     resolve_vocabulary(config, corpus.tokenizer.n_vocab)
     config.data.fingerprint = corpus.fingerprint
     from normfree.training.session import train
@@ -193,39 +213,38 @@ def _outcome(status: str, exit_code: int, run_dir: Any = None, metric: float | N
     return {"status": status, "exit_code": exit_code, "run_dir": run_dir and str(run_dir), "metric": metric, **more}
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _job(cfg: DictConfig) -> float | None:
-    """One job. A sweep's job notes how it ended instead of raising, so that the others go on."""
-    hydra_config = HydraConfig.get()
-    multirun = hydra_config.mode == RunMode.MULTIRUN
-    typed = list(hydra_config.overrides.task)
+def _run(config: Config, typed: list[str]) -> Any:
+    _load_plugins()
+    return run_config(config if config.resume is None else resumed_config(config, typed))
+
+
+def _note(path: Path, outcome: dict[str, Any]) -> None:
+    """Keep how a job stands; where the disk is full, the sweep goes on and its table lacks it."""
     try:
-        _load_plugins()
-        config = compose_config(cfg)
-        if config.resume is not None:
-            config = resumed_config(config, typed)
-        result = run_config(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(outcome) + "\n")
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror}); the sweep goes on", file=sys.stderr)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _sweep_job(cfg: DictConfig) -> float | None:
+    """One job of a sweep; it notes how it ended instead of raising, so that the others go on."""
+    hydra_config = HydraConfig.get()
+    typed = list(hydra_config.overrides.task)
+    path = Path(hydra_config.sweep.dir) / f"job-{hydra_config.job.num}.json"
+    begun = _outcome("interrupted", 1, reason="its process was killed or stopped")  # unless it comes to its end
+    _note(path, begun | {"overrides": typed})
+    try:
+        result = _run(to_config(cfg, hydra_config.runtime.choices), typed)
+        outcome = _outcome(result.status, result.exit_code, result.run_dir, result.metric)
     except UserError as error:
-        if not multirun:
-            raise SystemExit(_fail(error)) from None
         _fail(error)
         outcome = _outcome("refused", error.exit_code, reason=str(error))
-    except Exception as error:
-        if not multirun:
-            raise
-        import traceback
-
+    except (Exception, SystemExit) as error:  # code that exits ends its own job
         traceback.print_exc()
         outcome = _outcome("crashed", 1, reason=repr(error))
-    else:
-        if not multirun:
-            if result.exit_code:
-                raise SystemExit(result.exit_code)
-            return result.metric
-        outcome = _outcome(result.status, result.exit_code, result.run_dir, result.metric)
-    path = Path(hydra_config.sweep.dir) / f"job-{hydra_config.job.num}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(outcome | {"overrides": typed}) + "\n")
+    _note(path, outcome | {"overrides": typed})
     if outcome["status"] == "preempted" and os.environ.get(PROCESS_VARIABLE) == str(os.getpid()):
         raise SystemExit(outcome["exit_code"])  # the whole sweep was asked to stop; a parallel job only itself
     return outcome["metric"]
@@ -238,24 +257,6 @@ def _fail(error: UserError) -> int:
     print("\n".join(f"error: {line}" if i == 0 else f"       {line}" for i, line in enumerate(str(error).split("\n"))),
           file=sys.stderr)  # fmt: skip
     return error.exit_code
-
-
-# Hydra's options that take a value; its parser wants every option before every key=value.
-VALUED = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
-          "-i", "--info", "-sc", "--shell-completion", "--experimental-rerun"}  # fmt: skip
-
-
-def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(options with their values, key=value words), wherever the user put them."""
-    options, words, rest = [], [], iter(argv)
-    for word in rest:
-        if not word.startswith("-"):
-            words.append(word)
-            continue
-        options.append(word)
-        if word in VALUED:
-            options += [value for value in [next(rest, None)] if value is not None]
-    return options, words
 
 
 def _take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -274,7 +275,7 @@ def _take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
     return rest, [str(Path(path).resolve()) for path in paths]
 
 
-def _sweep_summary(folder: Path) -> int:
+def _sweep_summary(folder: Path, number_of_jobs: int) -> int:
     """Print how every job of a sweep ended; 0 where all finished, else the first other exit code."""
     from rich.console import Console
     from rich.table import Table
@@ -286,6 +287,8 @@ def _sweep_summary(folder: Path) -> int:
         loss = "-" if job["metric"] is None or job["metric"] != job["metric"] else f"{job['metric']:.4f}"
         swept = " ".join(word for word in job["overrides"] if word not in common)
         table.add_row(str(number), job["status"], loss, swept, job["run_dir"] or job.get("reason", "-"))
+    for number in sorted(set(range(number_of_jobs)) - set(jobs)):
+        table.add_row(str(number), "not begun", "-", "-", "-")
     Console(stderr=True, markup=False).print(table)
     return next((job["exit_code"] for _, job in sorted(jobs.items()) if job["exit_code"]), EXIT_OK)
 
@@ -314,25 +317,38 @@ def main(argv: list[str] | None = None) -> int:
     try:
         argv, plugins = _take_plugins(argv)
         os.environ[PLUGINS_VARIABLE] = os.pathsep.join(plugins)
-        _load_plugins()
         options, words = split_words(argv)
+        _load_plugins()
         multirun = "-m" in options or "--multirun" in options
-        check_overrides(words, multirun)
+        config = check_overrides(words, multirun)
+        if options:
+            return _with_hydra(options, words, multirun)
+        assert config is not None
+        return _run(config, words).exit_code
     except UserError as error:
         return _fail(error)
-    folder = Path("runs/.sweeps") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
-    if multirun:
-        words = [*words, f"hydra.sweep.dir={folder}"]
-    sys.argv = [sys.argv[0], *options, *words]
-    if not ConfigStore.instance().repo.get("schema.yaml"):
-        ConfigStore.instance().store(name="schema", node=Config)
-    try:
-        _job()
-    except SystemExit as stop:
-        if multirun and folder.is_dir():
-            _sweep_summary(folder)
-        return stop.code if isinstance(stop.code, int) else EXIT_CONFIG
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return _sweep_summary(folder) if multirun else EXIT_OK
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _with_hydra(options: list[str], words: list[str], multirun: bool) -> int:
+    """A sweep, or one of Hydra's own options, such as --cfg job."""
+    folder = Path("runs/.sweeps") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}"
+    if multirun:
+        words = [*words, f"hydra.sweep.dir={folder}"]
+    swept = [override for override in parse(words)[0] if override.is_sweep_override()]
+    jobs = math.prod(sum(1 for _ in values_of(override)) for override in swept)
+    sys.argv = [sys.argv[0], *options, *words]
+    try:
+        _sweep_job()
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if multirun and folder.is_dir():
+            _sweep_summary(folder, jobs)
+        if isinstance(stop, KeyboardInterrupt):
+            raise
+        return stop.code if isinstance(stop.code, int) else EXIT_CONFIG
+    return _sweep_summary(folder, jobs) if multirun else EXIT_OK

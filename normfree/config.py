@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normfree.errors import UserError, unknown
+from normfree.kinds import fits, misfit, shown
 from normfree.tables import STATISTICS
 
 VOCAB_MULTIPLE = 64  # matrix products are fastest on multiples of 64; the added logits are masked
@@ -146,6 +147,7 @@ class TrainConfig:
     eval_tokens: int = key(32768, "validation tokens of an evaluation, always the same ones", weights=False)
     checkpoint_every: int = key(100, "steps between checkpoints; 0: only at the end", weights=False)
     keep_checkpoints: int = key(2, "newest checkpoints to keep, besides the best", weights=False)
+    fast: bool = key(True, "bf16 on CUDA: fused loss, attention and activation; false: PyTorch's own", weights=False)
     compile: bool | str = key("auto", "auto: where CUDA, Triton and a C compiler are; true; false", weights=False)
     deterministic: bool | None = key(None, "bit-exact repetition; null: on the CPU", weights=False)
     device: str = key("auto", "auto, cpu or cuda", weights=False)
@@ -248,16 +250,44 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
-    """The dataclass of a saved configuration. Unknown keys are an error: the file is another version's."""
+    """The dataclass of a saved configuration; one `UserError` names every key and type that is not of this version."""
+    faults = list(_dict_faults(values, cls))
+    if faults:
+        raise UserError("\n".join(faults))
+    return _build(values, cls)
+
+
+def _dict_faults(values: Any, cls: type, prefix: str = "") -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield f"{prefix.rstrip('.') or 'the configuration'} is no mapping of keys to values."
+        return
     known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise UserError(unknown("key", name, known))
-    built = {}
     for name, value in values.items():
-        kind = known[name].type
-        built[name] = from_dict(value, kind) if dataclasses.is_dataclass(kind) else value  # type: ignore[arg-type]
-    return cls(**built)
+        if name not in known:
+            yield unknown("key", f"{prefix}{name!s:.60}", [prefix + other for other in known])
+        elif dataclasses.is_dataclass(known[name].type):
+            yield from _dict_faults(value, known[name].type, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif not fits(value, known[name].type):
+            yield misfit(prefix + name, value, known[name].type)
+
+
+def _build(values: dict[str, Any], cls: type) -> Any:
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    nested = {name for name in values if dataclasses.is_dataclass(kinds[name])}
+    return cls(**{k: _build(v, kinds[k]) if k in nested else v for k, v in values.items()})  # type: ignore[arg-type]
+
+
+def type_faults(config: Any, cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for every value of a configuration that is not of its key's type; sections too."""
+    for f in dataclasses.fields(cls):
+        name, value = prefix + f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(f.type):
+            if isinstance(value, f.type):  # type: ignore[arg-type]
+                yield from type_faults(value, f.type, f"{name}.")  # type: ignore[arg-type]
+            else:
+                yield name, f"{name}={shown(value)} is no {f.type.__name__}."  # type: ignore[union-attr]
+        elif not fits(value, f.type):
+            yield name, misfit(name, value, f.type)
 
 
 def flat_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -300,8 +330,9 @@ def weights_differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def other_differences(ours: Config, theirs: Config) -> list[str]:
-    """The keys that a resumed run may change, `resume` and `run_dir` aside, in which two configurations differ."""
-    found = _differences(ours, theirs, weights=False)
+    """The keys that a resumed run may change, its length too, `resume` and `run_dir` aside, in which two differ."""
+    longer = [line for line in _differences(ours, theirs, weights=True) if line.startswith("train.max_steps:")]
+    found = [*longer, *_differences(ours, theirs, weights=False)]
     return [line for line in found if not line.startswith(("resume:", "run_dir:"))]
 
 

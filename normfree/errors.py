@@ -25,6 +25,7 @@ class UserError(Exception):
 def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
     """Say that `value` is no `kind`, what there is, and which of it was probably meant."""
     names = sorted(choices)
-    close = get_close_matches(str(value).lower(), names, n=1)
+    typed = str(value) if len(str(value)) <= 100 else f"{str(value)[:90]}..."
+    close = get_close_matches(typed.lower(), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {value!r}.{hint} Choose from: {', '.join(names)}."
+    return f"unknown {kind} {typed!r}.{hint} Choose from: {', '.join(names)}."

@@ -1,11 +1,14 @@
 """What settings may be: the range or choices of each key, and the rules between keys. Imports no torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from normfree.config import Config, flat_keys
+from normfree.config import Config, flat_keys, type_faults
 from normfree.errors import UserError, unknown
+from normfree.kinds import shown
 from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES, STATISTICS, Table
+
+KEYS = {name for name, _, _ in flat_keys(Config())}
 
 CHOICES: dict[str, Table | tuple[str, ...]] = {
     "model.norm": NORMS,
@@ -49,28 +52,28 @@ RANGES = {
     "model.init.std": (0, 100, True, True),
     "data.vocab_size": (257, 10**6, True, True),
     "data.seq_len": (1, 10**7, True, True),
-    "data.max_documents": (1, math.inf, True, False),
+    "data.max_documents": (1, 10**12, True, True),
     "optim.lr": (0, 1e3, False, True),
     "optim.beta1": (0, 1, True, False),
     "optim.beta2": (0, 1, True, False),
     "optim.eps": (0, 1, False, True),
     "optim.weight_decay": (0, 1e3, True, True),
     "optim.grad_clip": (0, math.inf, True, False),
-    "optim.warmup_steps": (0, math.inf, True, False),
+    "optim.warmup_steps": (0, 10**12, True, True),
     "optim.warmup_fraction": (0, 1, True, True),
     "optim.lr_final": (0, 1, True, True),
     "optim.decay_fraction": (0, 1, True, True),
     "train.max_steps": (1, 10**12, True, True),
     "train.batch_size": (1, 10**9, True, True),
     "train.micro_batch_size": (1, 10**9, True, True),
-    "train.eval_every": (0, math.inf, True, False),
-    "train.eval_tokens": (1, math.inf, True, False),
-    "train.checkpoint_every": (0, math.inf, True, False),
-    "train.keep_checkpoints": (1, math.inf, True, False),
+    "train.eval_every": (0, 10**12, True, True),
+    "train.eval_tokens": (1, 10**12, True, True),
+    "train.checkpoint_every": (0, 10**12, True, True),
+    "train.keep_checkpoints": (1, 10**12, True, True),
     "train.gpus": (1, 1, True, True),
-    "log.every": (1, math.inf, True, False),
-    "diagnostics.every": (0, math.inf, True, False),
-    "diagnostics.snapshot_every": (0, math.inf, True, False),
+    "log.every": (1, 10**12, True, True),
+    "diagnostics.every": (0, 10**12, True, True),
+    "diagnostics.snapshot_every": (0, 10**12, True, True),
     "diagnostics.ring": (1, 10**6, True, True),
     "diagnostics.warn_factor": (1, math.inf, False, False),
     "diagnostics.warn_window": (2, 10**6, True, True),
@@ -84,27 +87,65 @@ RANGES = {
 }
 
 
-def _value_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong with it), key by key."""
+# Texts that name a file or a folder.
+PATHS = (
+    "data.path",
+    "data.tokenizer",
+    "data.cache_dir",
+    "run_dir",
+    "resume",
+    "init_from",
+    "name",
+)
+LONGEST_PART, LONGEST_PATH = 200, 4000  # bytes; systems take 255 and 4096, and a run adds to its name
+
+
+def value_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it), key by key: type, choice, range, text."""
+    wrong = dict(type_faults(config))
+    yield from wrong.items()
+    if wrong.keys() - KEYS:  # a whole section
+        return
     values = {name: value for name, value, _ in flat_keys(config)}
-    for name, choices in CHOICES.items():
-        value = values[name]
-        text = str(value).lower() if isinstance(value, bool) else value  # train.compile=true is a bool
-        if value is not None and text not in choices:
-            yield name, f"{name}: " + unknown("choice", value, choices)
-    for name, (low, high, low_ok, high_ok) in RANGES.items():
-        value = values[name]
-        if value is None:
+    for name, value in values.items():
+        if value is None or name in wrong:
             continue
-        # NaN is inside nothing.
-        inside = (low <= value if low_ok else low < value) and (value <= high if high_ok else value < high)
-        if not inside:
-            bounds = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
-            yield name, f"{name}={value} is outside {bounds}."
+        if name in CHOICES:
+            text = str(value).lower() if isinstance(value, bool) else value  # train.compile=true is a bool
+            if text not in CHOICES[name]:
+                yield name, f"{name}: " + unknown("choice", value, CHOICES[name])
+        elif name in RANGES:
+            low, high, low_ok, high_ok = RANGES[name]
+            # NaN is inside nothing.
+            if not ((low <= value if low_ok else low < value) and (value <= high if high_ok else value < high)):
+                bounds = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
+                yield name, f"{name}={shown(value)} is outside {bounds}."
+        elif name == "diagnostics.statistics":
+            strangers = [unknown("statistic", item, STATISTICS) for item in value if item not in STATISTICS]
+            if strangers:
+                yield name, f"{name}: {' '.join(strangers)}"
+        elif isinstance(value, str) and (fault := _text_fault(value, name)):
+            yield name, f"{name}={shown(value)} {fault}."
 
 
-def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
-    """Rules between keys; one of them that is `bad` by itself is not blamed twice."""
+def _text_fault(text: str, name: str) -> str | None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "has half a surrogate pair, which is no character"
+    if name not in PATHS:
+        return None
+    if any(ord(c) < 32 for c in text):
+        return "has a control character, which no file should have in its name"
+    if size > LONGEST_PATH or any(len(part.encode()) > LONGEST_PART for part in text.split("/")):
+        return f"is too long for a file ({LONGEST_PART} bytes a part, {LONGEST_PATH} in all)"
+    if name == "name" and ("/" in text or text.startswith(".")):
+        return "becomes a folder under runs/: no '/', and no '.' at the start"
+    return None
+
+
+def cross_faults(config: Config, bad: set[str]) -> Iterator[str]:
+    """Rules between keys; one that is `bad` by itself is not looked at, nor blamed twice."""
     model, data, optim, train = config.model, config.data, config.optim, config.train
 
     def legal(*names: str) -> bool:
@@ -114,43 +155,56 @@ def _cross_problems(config: Config, bad: set[str]) -> Iterator[str]:
         if model.n_embd % model.n_head:
             yield f"model.n_embd={model.n_embd} is not divisible by model.n_head={model.n_head}."
         elif (
-            model.positions == "rotary" and legal("model.rotary_pct") and (model.rotary_dim < 2 or model.rotary_dim % 2)
+            legal("model.positions", "model.rotary_pct")
+            and model.positions == "rotary"
+            and (model.rotary_dim < 2 or model.rotary_dim % 2)
         ):
             yield (
                 f"model.rotary_pct={model.rotary_pct} turns {model.rotary_dim} of the {model.head_dim} dimensions of a "
                 "head; rotary positions need an even number, at least 2."
             )
-    if data.seq_len is not None and legal("data.seq_len", "model.block_size") and data.seq_len > model.block_size:
+    if legal("data.seq_len", "model.block_size") and data.seq_len is not None and data.seq_len > model.block_size:
         yield f"data.seq_len={data.seq_len} is longer than model.block_size={model.block_size}."
-    if optim.warmup_steps is not None and legal("train.max_steps") and optim.warmup_steps > train.max_steps:
+    if (
+        legal("optim.warmup_steps", "train.max_steps")
+        and optim.warmup_steps is not None
+        and optim.warmup_steps > train.max_steps
+    ):
         yield f"optim.warmup_steps={optim.warmup_steps} is longer than the run (train.max_steps={train.max_steps})."
     micro = train.micro_batch_size
-    if micro is not None and legal("train.batch_size", "train.micro_batch_size") and train.batch_size % micro:
+    if legal("train.batch_size", "train.micro_batch_size") and micro is not None and train.batch_size % micro:
         yield f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size={micro}."
-    if model.vocab_size is not None and model.vocab_used is not None and model.vocab_used > model.vocab_size:
-        yield f"model.vocab_used={model.vocab_used} is more than model.vocab_size={model.vocab_size}."
-    if data.chunks == "original" and data.seq_len == 1:
+    used, rows = model.vocab_used, model.vocab_size
+    if legal("model.vocab_size", "model.vocab_used") and used is not None and rows is not None and used > rows:
+        yield f"model.vocab_used={used} is more than model.vocab_size={rows}."
+    if legal("data.chunks", "data.seq_len") and data.chunks == "original" and data.seq_len == 1:
         yield "data.chunks=original: a chunk of data.seq_len=1 token has nothing to predict."
-    if config.name is not None and ("/" in config.name or config.name.startswith(".")):
-        yield f"name={config.name!r} becomes a folder under runs/: no '/', and no '.' at the start."
-    if data.source == "files" and data.path is None:
+    if legal("data.source", "data.path") and data.source == "files" and data.path is None:
         yield "data.path is null, but data.source=files needs a file, a folder or a glob."
-    inject = config.debug.inject
+    yield from _inject_faults(config, legal)
+
+
+def _inject_faults(config: Config, legal: Callable[..., bool]) -> Iterator[str]:
+    inject, train = config.debug.inject, config.train
+    if not legal("debug.inject.step", "debug.inject.module"):
+        return
     if (inject.step is None) != (inject.module is None):
         yield "debug.inject needs both step and module (or neither)."
-    elif inject.step is not None and legal("train.max_steps", "debug.inject.step") and inject.step >= train.max_steps:
+    elif inject.step is not None and legal("train.max_steps") and inject.step >= train.max_steps:
         yield f"debug.inject.step={inject.step} is never reached: the last step is {train.max_steps - 1}."
-    inject = config.debug.inject
     if inject.step is not None and inject.phase == "backward" and train.precision == "fp16":
         yield "debug.inject.phase=backward: under train.precision=fp16 the loss scaler takes it for an overflow."
-    for name in config.diagnostics.statistics or ():
-        if name not in STATISTICS:
-            yield "diagnostics.statistics: " + unknown("statistic", name, STATISTICS)
+
+
+def faults(config: Config) -> list[str]:
+    """Everything that is wrong with a configuration, one line each. Touches no file and no device."""
+    problems = dict(value_faults(config))
+    if problems.keys() - KEYS:  # a whole section
+        return list(problems.values())
+    return [*problems.values(), *cross_faults(config, set(problems))]
 
 
 def validate(config: Config) -> None:
     """Raise one `UserError` that names every fault of the configuration. Touches no file and no device."""
-    problems = dict(_value_problems(config))
-    messages = [*problems.values(), *_cross_problems(config, set(problems))]
-    if messages:
+    if messages := faults(config):
         raise UserError("\n".join(messages))

@@ -67,11 +67,9 @@ class Run:
         path = self.directory / "config.yaml"
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            return from_dict(values)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, UserError) as error:
             raise UserError(f"{path} cannot be read: {error}", EXIT_DIRECTORY) from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds no configuration.", EXIT_DIRECTORY)
-        return from_dict(values)
 
     @property
     def name(self) -> str:
@@ -82,7 +80,10 @@ class Run:
         path = self.directory / "run.json"
         if not path.exists():
             return {}
-        return {k: number(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        try:
+            return {k: number(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {error}", EXIT_DIRECTORY) from error
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:

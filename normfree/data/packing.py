@@ -22,6 +22,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from normfree.config import DEFAULT_SEQ_LEN, DataConfig
+from normfree.data.readers import home
+from normfree.data.shards import check_ids, check_manifest
 from normfree.data.sources import Document, Source
 from normfree.data.split import Split, split_documents
 from normfree.data.tokenizer import (
@@ -77,7 +79,7 @@ class Corpus:
 
 def _cache_dir(data: DataConfig) -> Path:
     if data.cache_dir is not None:
-        return Path(data.cache_dir).expanduser().resolve()
+        return home(data.cache_dir, "data.cache_dir").resolve()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser().resolve() / "normfree"
 
@@ -286,13 +288,12 @@ def _open(folder: Path, data: DataConfig) -> Corpus:
     """A corpus of the cache, its files checked against the manifest and against what the settings ask of it."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        itemsize = np.dtype(manifest["dtype"]).itemsize
-        for name, counts in manifest["splits"].items():
-            size, expected = (folder / f"{name}.bin").stat().st_size, counts["tokens"] * itemsize
-            if size != expected:
-                raise ValueError(f"{name}.bin has {size} bytes, not {expected}")
         tokenizer = load_tokenizer(folder / "tokenizer")
-    except (OSError, ValueError, KeyError, UserError) as error:
+        check_manifest(manifest, tokenizer.n_vocab)
+        for name, counts in manifest["splits"].items():
+            path = folder / f"{name}.bin"
+            check_ids(path, counts["tokens"], counts["sha256"], manifest["dtype"], tokenizer.n_vocab)
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(
             f"the cached corpus is damaged ({error}). Delete {folder} and start again.", EXIT_DATA
         ) from None

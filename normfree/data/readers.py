@@ -23,6 +23,14 @@ def _error(message: str) -> UserError:
     return UserError(f"data.path: {message}", EXIT_DATA)
 
 
+def home(text: str, key: str) -> Path:
+    """A path as typed, `~` filled in. Raises UserError, naming the key, for somebody who has no home here."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={text}: {error}", EXIT_DATA) from None
+
+
 def kind_of(path: Path) -> str | None:
     """The ending that says how to read `path`; None for one that is not known."""
     return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
@@ -30,7 +38,7 @@ def kind_of(path: Path) -> str | None:
 
 def find_files(pattern: str) -> tuple[list[Path], Path]:
     """The files that a file, folder or glob means, sorted, and the folder they are in. Raises UserError for none."""
-    path = Path(pattern).expanduser()
+    path = home(pattern, "data.path")
     if path.is_file():
         if kind_of(path) is None:
             raise _error(f"{path} is of no known kind ({', '.join(KINDS)}).")
@@ -92,7 +100,7 @@ def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                     continue
                 try:
                     row = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise _error(f"{path} line {number} is not JSON ({error}). One object a line is needed.") from None
                 if not isinstance(row, dict):
                     raise _error(f"{path} line {number} is no JSON object. One object a line is needed.")

@@ -18,6 +18,7 @@ import numpy as np
 
 from normfree.config import DataConfig
 from normfree.data import bpe, network
+from normfree.data.readers import home
 from normfree.errors import EXIT_DATA, UserError, unknown
 from normfree.tables import TOKENIZERS
 
@@ -262,7 +263,7 @@ def build_tokenizer(data: DataConfig, texts: Texts) -> Tokenizer:
 
 
 def _json_file(data: DataConfig) -> Path:
-    path = Path(data.tokenizer).expanduser()
+    path = home(data.tokenizer, "data.tokenizer")
     path = path / JSON_FILE if path.is_dir() else path
     if not path.is_file():
         choices = unknown("data.tokenizer", data.tokenizer, TOKENIZERS)
@@ -311,3 +312,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}", EXIT_DATA) from None
     return tokenizer
+
+
+def require_same_tokenizer(origin: str, directory: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the tokenizer saved in `directory` is `tokenizer`: the same ids would be other text.
+
+    Vocabularies are rounded up, so the shapes of two models may agree where their tokenizers do not.
+    """
+    saved = load_tokenizer(directory)
+    if saved.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{origin} was trained with the tokenizer {saved.name} ({saved.n_vocab} ids, sha256 {saved.fingerprint}), "
+            f"and this corpus has {tokenizer.name} ({tokenizer.n_vocab} ids, sha256 {tokenizer.fingerprint}): the same "
+            "ids would be other text. Choose its data.tokenizer, and for one that was trained its data, too.",
+            EXIT_DATA,
+        )

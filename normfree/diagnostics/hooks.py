@@ -56,7 +56,8 @@ class Recorder:
         seq_len: int | None = None,
         beside: Sequence[str] = (),
     ) -> None:
-        self.level = "off"
+        self._level = "off"
+        self._blocks: Any = list(model.blocks)
         self.n_layer = model.config.n_layer
         self.device = model.wte.weight.device
         classes = statistics if isinstance(statistics, Mapping) else {name: STATISTICS[name] for name in statistics}
@@ -70,8 +71,22 @@ class Recorder:
         # micro-batches of this record, and forward passes that recorded
         self.passes = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._seen: dict[str, list[Tensor]] = {}  # of the forward pass under way, one value a layer
+        self.failed: dict[str, str] = {}  # statistics that are left out from then on, and why
         self._handles = [handle for block in model.blocks for handle in self._attach(block)]
         self._handles.append(model.final_norm.register_forward_pre_hook(self._take))
+
+    @property
+    def level(self) -> str:
+        return self._level
+
+    @level.setter
+    def level(self, level: str) -> None:
+        assert level in LEVELS, level
+        self._level = level
+        look = any(self._wanted(s, site) for s in self.statistics.values() for site in INSIDE_ATTENTION)
+        for block in self._blocks:
+            block.mlp.open = level == "record"
+            block.attn.inner_attention.look = look
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -105,33 +120,40 @@ class Recorder:
     # -- in the forward pass ------------------------------------------------------------------------------------------
 
     def _attach(self, block: nn.Module) -> list[Any]:
-        held: dict[str, Tensor] = {}  # v, until the attention's output says whether it is finite
+        held: dict[str, Any] = {}  # until a sublayer's output is there, which says whether they are finite
 
         def on_output(site: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if self.level != "off":
+                if self._level != "off":
                     self._measure(Observation(site, output))
 
             return hook
 
-        def on_projection(site: str, inside: str) -> Callable[..., None]:
-            """Of a sublayer's last matrix: `inside` is what went into it, finite wherever its output is."""
+        def on_attn_proj(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._level != "off":
+                seen = Observation("attn", output)
+                self._measure(seen)
+                self._measure(Observation("v", held.pop("v", args[0]), gate=seen))
 
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if self.level != "off":
-                    seen = Observation(site, output)
-                    self._measure(seen)
-                    self._measure(Observation(inside, held.pop(inside, args[0]), gate=seen))
+        def on_mlp_proj(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._level == "record":
+                held["mlp"] = seen = Observation("mlp", output)
+                self._measure(Observation("mlp_hidden", args[0], gate=seen))
 
-            return hook
+        def on_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._level != "off":
+                self._measure(held.pop("mlp") if self._level == "record" else Observation("mlp", output))
 
-        def on_attention(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, int], output: Tensor) -> None:
-            if self.level != "off":
+        def on_attention(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if self._level != "off":
                 assert not kwargs.get("q_offset", 0), "with a key-value cache there is nothing to record"
-                if not any(self._wanted(s, site) for s in self.statistics.values() for site in INSIDE_ATTENTION):
+                if not module.look:
                     return
-                rows = self.level == "record" and any(s.snapshot for s in self.statistics.values())
-                census = Census(args[0], args[1], module.scale, rows)
+                if module.seen is not None:
+                    census, module.seen = Census.of_rows(module.seen), None
+                else:
+                    rows = self._level == "record" and any(s.snapshot for s in self.statistics.values())
+                    census = Census.take(args[0], args[1], module.scale, rows)
                 for site, tensor in zip(INSIDE_ATTENTION, (args[0], args[1], output), strict=True):
                     self._measure(Observation(site, tensor, census))
                 held["v"] = args[2]
@@ -141,33 +163,46 @@ class Recorder:
         assert isinstance(mlp, nn.Module)
         return [
             block.register_forward_hook(on_output("block")),
-            attn.proj.register_forward_hook(on_projection("attn", "v")),  # type: ignore[union-attr]
+            attn.proj.register_forward_hook(on_attn_proj),  # type: ignore[union-attr]
             attn.inner_attention.register_forward_hook(on_attention, with_kwargs=True),  # type: ignore[union-attr]
             mlp.fc.register_forward_hook(on_output("mlp_pre")),  # type: ignore[union-attr]
-            mlp.proj.register_forward_hook(on_projection("mlp", "mlp_hidden")),  # type: ignore[union-attr]
+            mlp.proj.register_forward_hook(on_mlp_proj),  # type: ignore[union-attr]
+            mlp.register_forward_hook(on_mlp),
         ]
 
     def _wanted(self, statistic: Statistic, site: str) -> bool:
         """Whether this level measures the statistic at this site."""
-        if site not in statistic.sites:
+        if self._level == "off" or site not in statistic.sites:
             return False
-        if self.level == "record":
+        if self._level == "record":
             return True
-        return site in statistic.every_step and (self.level == "all" or site == "block")
+        return site in statistic.every_step and (self._level == "all" or site == "block")
 
     def _measure(self, seen: Observation) -> None:
         with torch.no_grad():
             for name, statistic in self.statistics.items():
-                if self._wanted(statistic, seen.site):
-                    self._seen.setdefault(f"{name}/{seen.site}", []).append(statistic.measure(seen))
+                if self._wanted(statistic, seen.site) and name not in self.failed:
+                    value = self._tried(name, statistic.measure, seen)
+                    if value is not None:
+                        self._seen.setdefault(f"{name}/{seen.site}", []).append(value)
+
+    def _tried(self, name: str, work: Callable[[Any], Tensor], given: Any) -> Tensor | None:
+        """A statistic that fails costs itself, not the run. What fails while a graph is compiled is an error."""
+        if torch.compiler.is_compiling():
+            return work(given)
+        try:
+            return work(given)
+        except Exception as error:  # whatever somebody's statistic raises
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            return None
 
     def _take(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """After the last block: the layers' values together into the buffers."""
-        if self.level == "off":
+        if self._level == "off":
             return
         with torch.no_grad():
             for group, buffer in self._buffers.items():
-                if group.when == "record" and self.level != "record":
+                if group.when == "record" and self._level != "record":
                     continue
                 names = [name for name, (g, _) in self._places.items() if g == group]
                 values = torch.cat([part for name in names for part in self._values(name, group.kind)])
@@ -190,26 +225,37 @@ class Recorder:
                 parts.append(torch.full((size,), nothing, dtype=torch.float64, device=self.device))
 
         for site in statistic.sites:
-            if self._wanted(statistic, site):
-                fill()
-                skipped = 0
-                parts.append(self._of_all_layers(name, site))
-            else:
+            part = self._of_all_layers(name, site) if self._wanted(statistic, site) else None
+            if part is None:
                 skipped += 1
+                continue
+            fill()
+            skipped = 0
+            parts.append(part)
         fill()
         return parts
 
-    def _of_all_layers(self, name: str, site: str) -> Tensor:
-        values = self._seen[f"{name}/{site}"]
+    def _of_all_layers(self, name: str, site: str) -> Tensor | None:
+        """None of a statistic that failed."""
+        if name in self.failed:
+            return None
+        values = self._seen.get(f"{name}/{site}", [])
         if len(values) != self.n_layer:
             raise RuntimeError(f"{name} was measured at {site} in {len(values)} of {self.n_layer} layers")
-        return self.statistics[name].finish(stack(values)).flatten().double()
+
+        def finished(values: list[Tensor]) -> Tensor:
+            result = self.statistics[name].finish(stack(values)).flatten().double()
+            wanted = self.n_layer * math.prod(self.statistics[name].shape)
+            if result.numel() != wanted:
+                raise ValueError(f"it gave {result.numel()} numbers, not {wanted}")
+            return result
+
+        return self._tried(name, finished, values)
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
     def start(self, micro_batches: int = 1, level: str = "record") -> None:
         """Clear the buffers and record the next `micro_batches` forward passes at `level`, one of `LEVELS`."""
-        assert level in LEVELS, level
         for group, buffer in self._buffers.items():
             if group.when == "record" and level != "record":
                 continue
@@ -233,7 +279,10 @@ class Recorder:
         return self.flat()
 
     def unpack(self, flat: Tensor, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The arrays of a flat tensor on the host. Raises when the hooks did not fire as often as they must."""
+        """The arrays of a flat tensor on the host, without those of statistics that failed.
+
+        Raises when the hooks did not fire as often as they must.
+        """
         values = flat.numpy()
         expected, passes = values[:2].astype(int).tolist()
         if passes != expected:
@@ -245,6 +294,8 @@ class Recorder:
         for name in self.statistics if names is None else names:
             size = math.prod(self.shape(name))
             part, values = values[:size], values[size:]
+            if name in self.failed:
+                continue
             statistic = self.statistics[name]
             if statistic.over_micro_batches == "mean":
                 part = part / expected
@@ -254,6 +305,7 @@ class Recorder:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
+        self.level = "off"
         for handle in self._handles:
             handle.remove()
 
@@ -269,6 +321,7 @@ class ParameterRecorder:
         layers = [int(name.split(".")[1]) if name.startswith("blocks.") else self.n_layer for name, _ in named]
         self.layers = torch.tensor(layers, device=self.parameters[0].device)  # n_layer: in no block
         self._minus_before: list[Tensor] = []
+        self.failed: dict[str, str] = {}  # statistics that are left out from then on, and why
 
     def _names(self, of: str) -> list[str]:
         return [name for name, s in self.statistics.items() if s.of == of]
@@ -277,14 +330,19 @@ class ParameterRecorder:
         """A vector (n_layer + 1,), float64, for each statistic of that kind."""
         seen, rows = Tensors(tensors, norms), []
         for name in self._names(of):
-            statistic = self.statistics[name]
-            values = statistic.measure(seen).double()
-            total = torch.zeros(self.n_layer + 1, dtype=torch.float64, device=values.device)
-            if statistic.by_layer == "norm":
-                rows.append(total.index_add_(0, self.layers, values.square()).sqrt())
-            else:
-                rows.append(total.index_add_(0, self.layers, values))
+            total = torch.zeros(self.n_layer + 1, dtype=torch.float64, device=self.layers.device)
+            try:
+                rows.append(self._by_layer(self.statistics[name], seen, total))
+            except Exception as error:  # whatever somebody's statistic raises; it costs itself, not the run
+                self.failed.setdefault(name, f"{type(error).__name__}: {error}")
+                rows.append(total)
         return rows
+
+    def _by_layer(self, statistic: ParameterStatistic, seen: Tensors, total: Tensor) -> Tensor:
+        values = statistic.measure(seen).double()
+        if statistic.by_layer == "norm":
+            return total.index_add_(0, self.layers, values.square()).sqrt()
+        return total.index_add_(0, self.layers, values)
 
     def before_update(self, grad_norms: Tensor, weight_peaks: Tensor) -> list[Tensor]:
         """After the backward pass: what is said of gradients and weights.
@@ -317,6 +375,8 @@ class ParameterRecorder:
         names = [name for of in ("gradient", "parameter", "update") for name in self._names(of)]
         arrays = {}
         for name, row in zip(names, flat.numpy().reshape(-1, self.n_layer + 1), strict=True):
+            if name in self.failed:
+                continue
             statistic = self.statistics[name]
             dtype = np.int64 if statistic.dtype == torch.int64 else np.float32
             arrays[name] = row[: None if statistic.outside else -1].astype(dtype)

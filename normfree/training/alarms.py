@@ -3,6 +3,7 @@
 Everything here happens on the host, on numbers that were written anyway.
 """
 
+import math
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from normfree import heads
 from normfree.config import Config
 from normfree.runs import IN_ORDER, SITES
 
+OF_NUMBERS = ("early_warning", "overloaded", "collapsed", "non_finite")  # kinds that steps done again say again
+
 
 @dataclass(frozen=True)
 class Event:
     """Something worth saying; `layer`: the lowest that it is about.
 
-    `kind`: early_warning, overloaded, collapsed, non_finite, rollback or settings.
+    `kind`: early_warning, overloaded, collapsed, non_finite, rollback, settings or left_out (a view that failed).
     """
 
     step: int
@@ -37,10 +40,16 @@ def layers_in_words(layers: np.ndarray) -> str:
     return ("layer " if len(layers) == 1 else "layers ") + parts
 
 
-def first_fault(step: int, arrays: dict[str, np.ndarray], sites: tuple[str, ...]) -> Event:
-    """Where the first non-finite step of a run that goes on went wrong, by what is measured at every step.
+def first_fault(
+    step: int,
+    arrays: dict[str, np.ndarray],
+    sites: tuple[str, ...],
+    loss: float = math.nan,
+    grad_norm: float = math.nan,
+) -> Event:
+    """Where the first bad step of a run that goes on went wrong, by what is measured at every step.
 
-    `sites`: those of the array `peak`.
+    `sites`: those of the array `peak`. `loss`, `grad_norm`: those of the step.
     """
     flags = {site: ~np.isfinite(arrays["peak"][i]) for i, site in enumerate(sites)} if "peak" in arrays else {}
     if "attn_entropy" in arrays:
@@ -57,8 +66,14 @@ def first_fault(step: int, arrays: dict[str, np.ndarray], sites: tuple[str, ...]
                 return Event(
                     step, "non_finite", layer, f"step {step}: the first NaN or Inf, in {where} of layer {layer}"
                 )
-    where = "in the head, the loss, the backward pass or a weight" if "block" in flags else "(where was not measured)"
-    text = f"step {step}: the first NaN or Inf, {where}"
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        text = f"step {step} is bad, with a finite loss and gradient: a spike, or a weight or moment that is not finite"
+    elif math.isfinite(loss):
+        text = f"step {step}: the first NaN or Inf, in the backward pass"
+    elif "block" in flags:
+        text = f"step {step}: the first NaN or Inf, in the head, the loss, the backward pass or a weight"
+    else:
+        text = f"step {step}: the first NaN or Inf, in the forward pass (where was not measured)"
     return Event(step, "non_finite", None, text)
 
 

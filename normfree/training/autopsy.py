@@ -1,6 +1,7 @@
 """What is found out about a bad step, and kept: while the weights are still as they were before it."""
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.config import Config
 from normfree.diagnostics.finding import Finding
 from normfree.diagnostics.hooks import LEVELS
 from normfree.diagnostics.trace import first_non_finite
 from normfree.runs import SITES
 from normfree.training import faults, machine
+from normfree.training.alarms import Event
 from normfree.training.postmortem import Circumstances, write_postmortem
 from normfree.training.record import SCALARS, Record
 from normfree.training.schedules import learning_rate
@@ -22,30 +25,75 @@ if TYPE_CHECKING:
     from normfree.training.loop import Trainer
 
 
+SPIKE = "every number is finite, but the loss jumps too far above those before it (spike_sigma)."
+
+
 def autopsy(trainer: "Trainer", step: int, values: Tensor, record: Record, recorded: bool) -> faults.Diverged:
     """Run the bad step again, eagerly, and name the first module with a NaN or Inf.
 
     `values`: the step's packed vector. Unless the step was `recorded`, the statistics of its forward pass are.
     """
     config = trainer.config
-    flat = forward_once_more(trainer, step)
-    if not recorded:
-        record.write_arrays(step, trainer.recorder.unpack(flat), "", config.train.batch_size)
     loss, norm = (values[SCALARS.index(name)].item() for name in ("loss", "grad_norm"))
-    finding = trace(trainer, step)
-    if finding is not None:
-        where = f"first of all, {finding.words()}"
-    elif math.isfinite(loss) and math.isinf(norm):
-        where = "every gradient is finite, but the norm of all together overflows float32."
-    else:
-        where = block_in_words(trainer, flat)
+    finding: Finding | None = None
+    try:
+        flat = forward_once_more(trainer, step)
+        if not recorded:
+            record.write_arrays(step, trainer.recorder.unpack(flat), "", config.train.batch_size)
+        finding = trace(trainer, step)
+        where = place_in_words(trainer, flat, finding, loss, norm)
+    except Exception as error:  # too little memory, say: that the run diverged is what has to be said
+        trainer.injector.undo()
+        trainer.recorder.level = "off"
+        where = f"running the step once more, to say where, failed ({type(error).__name__}: {error})."
     return faults.Diverged(
         step,
         f"step {step}: the training loss is {loss:g} and the gradient norm {norm:g}; {where} "
         f"The weights are as they were before that step. Try a lower optim.lr (now {config.optim.lr:g}) or a "
-        f"longer optim.warmup_steps (now {config.optim.warmup_steps}); nan_policy=skip or log go on.",
+        f"longer optim.warmup_steps (now {config.optim.warmup_steps}); {others_in_words(config)}",
         faults.Fault(finding, loss, norm),
     )
+
+
+def place_in_words(trainer: "Trainer", flat: Tensor, finding: Finding | None, loss: float, norm: float) -> str:
+    if finding is not None:
+        return f"first of all, {finding.words()}"
+    if math.isfinite(loss) and math.isinf(norm):
+        return "every gradient is finite, but the norm of all together overflows float32."
+    if is_spike(trainer.config, loss, norm):
+        return SPIKE
+    return block_in_words(trainer, flat)
+
+
+def is_spike(config: Config, loss: float, norm: float) -> bool:
+    """Of a bad step whose weights and moments are finite."""
+    return config.spike_sigma is not None and math.isfinite(loss) and math.isfinite(norm)
+
+
+def others_in_words(config: Config) -> str:
+    """What the other policies do."""
+    if config.nan_policy == "skip":
+        return f"it is the last of {faults.MAX_SKIPS} bad steps in a row, all skipped; nan_policy=rollback goes back."
+    return "nan_policy=skip, rollback or log go on."
+
+
+def skipped(trainer: "Trainer", step: int, values: Tensor) -> Event:
+    """Of the first step that nan_policy=skip leaves out: where it went wrong. On CUDA two later updates may be in."""
+    loss, norm = (values[SCALARS.index(name)].item() for name in ("loss", "grad_norm"))
+    layer = None
+    try:
+        finding = trace(trainer, step)
+    except Exception as error:  # the run goes on, whatever happens here
+        trainer.injector.undo()
+        where = f"running it once more, to say where, failed ({type(error).__name__}: {error})."
+    else:
+        if finding is not None:
+            where = finding.words()
+            layer = re.match(r"blocks\.(\d+)", finding.module)
+        else:
+            where = SPIKE if is_spike(trainer.config, loss, norm) else "it was not met again when run once more."
+    text = f"step {step} is skipped: the training loss is {loss:g} and the gradient norm {norm:g}; {where}"
+    return Event(step, "non_finite", int(layer[1]) if layer else None, text)
 
 
 @torch.no_grad()
@@ -98,7 +146,8 @@ def ring_arrays(trainer: "Trainer", until: int) -> dict[str, np.ndarray]:
     arrays |= {name: scalars.pop(name) for name in ("loss", "grad_norm")}
     names = trainer.recorder.watch_names if trainer.watch != "off" else []
     watched = [_watched(trainer, e.level, row[len(SCALARS) :]) for e, row in zip(entries, rows, strict=True) if names]
-    arrays |= {name: np.stack([w[name] for w in watched]) for name in names if watched}
+    # A statistic that failed is left out.
+    arrays |= {name: np.stack([w[name] for w in watched]) for name in names if watched and name in watched[0]}
     levels = np.array([LEVELS.index(e.level) for e in entries])
     return arrays | scalars | {"batch": np.array([e.batch for e in entries]), "level": levels}
 
@@ -123,6 +172,7 @@ def keep_postmortem(
     assert error.fault is not None, "the step was not traced"
     finding, loss, norm = error.fault
     lr = learning_rate(error.step, trainer.config.train.max_steps, trainer.config.optim)
+    lr *= trainer.rollbacks.lr_factor(error.step)
     return write_postmortem(
         trainer.run_dir,
         error.step,

@@ -20,6 +20,7 @@ from torch import Tensor
 from normfree.config import Config, from_dict, to_dict
 from normfree.errors import EXIT_CHECKPOINT, UserError
 from normfree.model import Transformer
+from normfree.rules import RANGES, value_faults
 from normfree.runs import is_checkpoint, is_run
 from normfree.training.store import NotSaved, best_good, newest_good, note_best, prune, sweep, verify, write
 
@@ -89,20 +90,21 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: Transformer, checkpoint: Path) -> None:
-    """Copy a verified checkpoint's weights into `model`; names and shapes must agree."""
+    """Copy a verified checkpoint's weights into `model`; names, shapes and types must agree."""
     saved = _load_tensors(checkpoint / "model.safetensors")
-    ours = model_tensors(model)
-    faults = [f"{name} is missing" for name in ours if name not in saved]
-    faults += [f"{name} is not in this model" for name in saved if name not in ours]
-    faults += [
-        f"{name} is {tuple(saved[name].shape)}, not {tuple(t.shape)}"
-        for name, t in ours.items()
-        if name in saved and saved[name].shape != t.shape
-    ]
-    if faults:
-        raise UserError(f"{checkpoint} does not fit this model: {'; '.join(faults[:6])}.", EXIT_CHECKPOINT)
+    _require_fit(model, saved, checkpoint)
     for name, parameter in model.named_parameters():
         parameter.copy_(saved[name])
+
+
+def _require_fit(model: Transformer, saved: dict[str, Tensor], checkpoint: Path) -> None:
+    ours = model_tensors(model)
+    faults = [f"{name} is missing" for name in ours if name not in saved]
+    faults += [f"{name[:60]} is not in this model" for name in saved if name not in ours]
+    pairs = [(name, _kind(saved[name]), _kind(t)) for name, t in ours.items() if name in saved]
+    faults += [f"{name} is {there}, not {here}" for name, there, here in pairs if there != here]
+    if faults:
+        raise UserError(f"{checkpoint} does not fit this model: {'; '.join(faults[:6])}.", EXIT_CHECKPOINT)
 
 
 @torch.no_grad()
@@ -113,17 +115,40 @@ def load_training_state(
     state = verify(checkpoint)
     load_weights(model, checkpoint)
     saved = _load_tensors(checkpoint / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        entries = {key.split("/")[0]: t for key, t in saved.items() if key.split("/", 1)[1] == name}
-        entries.pop("extra", None)
-        if entries:
-            optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in entries.items()}
-    missing = [name for name in extra if f"extra/{name}" not in saved]
-    if missing:
-        raise UserError(f"checkpoint {checkpoint} has no {', '.join(missing)}: of another version.", EXIT_CHECKPOINT)
-    for name, tensor in extra.items():
-        tensor.copy_(saved[f"extra/{name}"])
+    faults = list(_state_faults(model, extra, saved))
+    if faults:
+        raise UserError(
+            f"checkpoint {checkpoint} is of another version or another model: {'; '.join(faults[:6])}.", EXIT_CHECKPOINT
+        )
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()  # the checkpoint of step 0, to which a run may be taken back, has no moments
+    for key, tensor in saved.items():
+        kind, name = key.split("/", 1)
+        if kind == "extra":
+            if name in extra:
+                extra[name].copy_(tensor)
+        else:
+            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device)
     return state["step"]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _state_faults(model: Transformer, extra: dict[str, Tensor], saved: dict[str, Tensor]) -> Iterator[str]:
+    """What of an optimizer file is not this run's: names, shapes and types are looked at before any value is used."""
+    parameters = dict(model.named_parameters())
+    yield from (f"extra/{name} is missing" for name in extra if f"extra/{name}" not in saved)
+    for key, tensor in saved.items():
+        kind, _, name = key.partition("/")
+        if kind == "extra" and name not in extra:
+            continue  # kept by a run with other settings
+        ours = extra.get(name) if kind == "extra" else parameters.get(name)
+        if ours is None or kind not in ("extra", "step", "exp_avg", "exp_avg_sq"):
+            yield f"{key[:60]} is unknown"
+        elif _kind(tensor) != (_kind(ours) if kind != "step" else "() float32"):
+            yield f"{key} is {_kind(tensor)}"
 
 
 def find_checkpoint(path: str | Path, best: bool = False) -> Path:
@@ -142,7 +167,16 @@ def find_checkpoint(path: str | Path, best: bool = False) -> Path:
 
 
 def load_config(checkpoint: Path) -> Config:
-    return from_dict(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    """The settings of a verified checkpoint. Raises UserError where they are not such as this version writes."""
+    path = checkpoint / "config.yaml"
+    try:
+        config = from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        faults = [fault for key, fault in value_faults(config) if key in RANGES]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return config
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {error}", EXIT_CHECKPOINT) from error
 
 
 def load_model(path: str | Path, device: str = "cpu", best: bool = False) -> Transformer:
@@ -151,6 +185,13 @@ def load_model(path: str | Path, device: str = "cpu", best: bool = False) -> Tra
     `model(idx)` maps token ids (B, T) to logits (B, T, V). Every file is verified before it is used.
     """
     checkpoint = find_checkpoint(path, best)
-    model = Transformer(load_config(checkpoint).model)
+    config = load_config(checkpoint).model
+    saved = _load_tensors(checkpoint / "model.safetensors")
+    # Settings that ask for more than the file holds are refused before anything of their size is made.
+    if config.n_layer > len(saved):
+        raise UserError(f"{checkpoint} does not fit this model: {config.n_layer} layers.", EXIT_CHECKPOINT)
+    with torch.device("meta"):
+        _require_fit(Transformer(config), saved, checkpoint)
+    model = Transformer(config)
     load_weights(model, checkpoint)
     return model.to(device).eval()

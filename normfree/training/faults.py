@@ -3,7 +3,7 @@
 The flag lives on the device and masks the optimizer there, so the host need not wait for it. Under `raise` and
 `rollback` it is sticky: from the first bad step on, no update changes weights, moments or step count, until the host,
 which learns of it at most `LAG` steps later, stops the run or takes it back. The weights are then exactly those before
-the bad step.
+the bad step. Under `skip` it gets so at the last of `MAX_SKIPS` bad steps in a row: such a run never comes back.
 """
 
 import math
@@ -18,6 +18,7 @@ from normfree.diagnostics.finding import Finding
 from normfree.errors import EXIT_DIVERGED, UserError
 
 MAX_ROLLBACKS = 16
+MAX_SKIPS = 100  # bad steps in a row under nan_policy=skip
 LAG = 2  # steps the host may be ahead of what it knows of the device
 
 
@@ -45,18 +46,21 @@ class FiniteFlag:
         self.policy = policy
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)  # bad steps up to now
         self.sticky = policy in ("raise", "rollback")
         self.mask = torch.zeros((), device=device)  # 1.0: the optimizer leaves everything as it is
 
     def judge(self, finite: Tensor, step: int, overflow: Tensor) -> None:
         """Take in whether step `step` is finite; `overflow` (0-d bool) masks this step without being bad: fp16's."""
         bad = ~finite
+        given_up = self.in_a_row >= MAX_SKIPS  # by the step before; stays so until the host has heard of it
+        self.in_a_row.copy_(torch.where(given_up, self.in_a_row, torch.where(bad, self.in_a_row + 1, 0)))
         self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), step, self.first_bad))
         self.bad_steps.add_(bad)
         if self.sticky:
             masked = (self.first_bad >= 0) | overflow
         elif self.policy == "skip":
-            masked = bad | overflow
+            masked = bad | overflow | given_up
         else:
             masked = overflow
         self.mask.copy_(masked)
@@ -64,12 +68,19 @@ class FiniteFlag:
     @property
     def frozen(self) -> Tensor:
         """0-d bool: a bad step was met, and the state is to stay as it was before it."""
-        return self.first_bad >= 0 if self.sticky else torch.zeros_like(self.first_bad, dtype=torch.bool)
+        if self.sticky:
+            return self.first_bad >= 0
+        return (self.in_a_row >= MAX_SKIPS) & (self.policy == "skip")
+
+    def stops(self, first_bad: float, in_a_row: float) -> bool:
+        """Whether the host, given the flag's numbers of a step, is to end the run there or take it back."""
+        return first_bad >= 0 if self.sticky else self.policy == "skip" and in_a_row >= MAX_SKIPS
 
     def clear(self) -> None:
         """The host has dealt with the bad step: as it was before it."""
         self.first_bad.fill_(-1)
         self.bad_steps.zero_()
+        self.in_a_row.zero_()
         self.mask.zero_()
 
 

@@ -24,11 +24,11 @@ from normfree.tables import STATISTICS
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults, machine
 from normfree.training.alarms import Event
-from normfree.training.autopsy import autopsy
+from normfree.training.autopsy import autopsy, skipped
 from normfree.training.evaluation import bytes_per_token, evaluate_loss, loss_metrics
 from normfree.training.optimizer import (
     build_optimizer,
-    clip_,
+    clip_divisor,
     gradient_norms,
     moments,
     partly_read,
@@ -86,6 +86,9 @@ class Trainer:
         self.recorder = Recorder(self.model, [n for n in kept if is_forward(n)], seq_len, beside)
         self.parameter_recorder = ParameterRecorder(self.model, [n for n in names if not is_forward(n)])
         self.set_watch(machine.choose_watch(config, device))
+        if self.compiled:
+            self.rehearse()
+        self.fast = machine.choose_fast(config, device) and not self.injector.active
         self.forward = machine.compiled(self.model, self.compiled)
         self.last_val = float("nan")
         self.signals = Signals()
@@ -95,6 +98,13 @@ class Trainer:
         self.watch = watch
         watched = self.recorder.size(self.recorder.watch_names) if watch != "off" else 0
         self.ring = Ring(self.config.diagnostics.ring, len(SCALARS) + watched, self.device)
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Measure everything once, eagerly: a statistic that fails is left out before it is part of a graph."""
+        self.recorder.start()
+        self.model.hidden(torch.zeros(1, self.config.data.seq_len or 1, dtype=torch.int64, device=self.device))
+        self.recorder.stop()
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -140,7 +150,7 @@ class Trainer:
             parts += self.parameter_recorder.before_update(norms, weight_peaks)
         self.recorder.level = "off"
         if self.config.optim.grad_clip:
-            clip_(self.parameters, norm, self.config.optim.grad_clip)
+            self.optimizer.grad_scale = clip_divisor(norm, self.config.optim.grad_clip)  # type: ignore[attr-defined]
         self.optimizer.step()
         if due.record:
             parts += self.parameter_recorder.after_update()
@@ -156,7 +166,8 @@ class Trainer:
             self.seed_dropout(step, i)
             self.injector.before_forward(step, i)
             with machine.autocast(self.device, self.precision):
-                out = self.forward(idx, targets)
+                with self.model.fast_paths(self.fast):
+                    out = self.forward(idx, targets)
                 part = out.sum / count
             (part * self.scaler.scale).backward()
             loss += part.detach()
@@ -190,7 +201,7 @@ class Trainer:
     def head(self, loss: Tensor, grad_norm: Tensor, bad_rows: Tensor) -> tuple[Tensor, ...]:
         """The values that `record.SCALARS` names."""
         flag, scaler = self.flag, self.scaler
-        return flag.first_bad, flag.bad_steps, loss, grad_norm, bad_rows, scaler.scale, scaler.skipped
+        return flag.first_bad, flag.bad_steps, loss, grad_norm, bad_rows, scaler.scale, scaler.skipped, flag.in_a_row
 
     @torch.no_grad()
     def probe(self, snapshot: bool = False) -> Tensor:
@@ -209,11 +220,16 @@ class Trainer:
         """Write the steps whose numbers have arrived; stop the run at the first bad one."""
         for step, values, packed in self.mailbox.settled(everything):
             record.take(step, values, packed)
-            if self.flag.sticky and values[0] >= 0:
+            if self.config.nan_policy == "skip" and values[0] == step:
+                record.events([skipped(self, step, values)])
+            if self.flag.stops(values[0].item(), values[SCALARS.index("bad_in_a_row")].item()):
                 fault = autopsy(self, step, values, record, recorded=packed.record)
-                if self.config.nan_policy == "rollback" and not self.rollbacks.exhausted:
-                    raise faults.RolledBack(fault)
-                raise fault
+                raise self.or_back(fault)
+
+    def or_back(self, fault: faults.Diverged) -> Exception:
+        """What to raise: `fault` itself, or going back to before it, where the policy says so."""
+        back = self.config.nan_policy == "rollback" and not self.rollbacks.exhausted
+        return faults.RolledBack(fault) if back else fault
 
     def evaluate(self, step: int, record: Record) -> None:
         micro = self.config.train.micro_batch_size or 1
@@ -241,12 +257,13 @@ class Trainer:
             ckpt.prune(self.run_dir, self.config.train.keep_checkpoints)
         except OSError as error:
             record.problem(f"{self.run_dir}: old checkpoints were not deleted ({error.strerror})")
-        if not finite and self.flag.sticky:
-            raise faults.Diverged(step, f"step {step}: weights or optimizer moments are no longer finite.")
+        if not finite and self.config.nan_policy != "log":  # no step to come would mend it
+            fault = faults.Diverged(step, f"step {step}: weights or optimizer moments are no longer finite.")
+            raise self.or_back(fault)
 
     def extra_state(self) -> dict[str, Tensor]:
-        state = self.scaler.state() | {"bad_steps": self.flag.bad_steps, "first_bad": self.flag.first_bad}
-        return state | self.spikes.state() | self.rollbacks.state()
+        flag = {name: getattr(self.flag, name) for name in ("bad_steps", "first_bad", "in_a_row")}
+        return flag | self.scaler.state() | self.spikes.state() | self.rollbacks.state()
 
     def wait(self, record: Record) -> None:
         """Let the device finish the steps it has; their time is theirs, not the evaluation's."""

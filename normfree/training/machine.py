@@ -48,6 +48,11 @@ def choose_compile(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" and torch.utils._triton.has_triton() and compiler is not None
 
 
+def choose_fast(config: Config, device: torch.device) -> bool:
+    """The operators of `normfree.kernels` are for bf16 on CUDA; elsewhere everything is exact as it is."""
+    return config.train.fast and device.type == "cuda" and choose_precision(config, device) == "bf16"
+
+
 def compiled(model: nn.Module, enabled: bool) -> Callable[..., Any]:
     """The model as one graph; a graph break is an error. The raw module stays beside it and shares its weights."""
     return torch.compile(model, fullgraph=True, dynamic=False) if enabled else model

@@ -1,7 +1,5 @@
 """AdamW with decay groups, gradient norms and clipping. Nothing here waits for the device."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +68,9 @@ def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if t.ndim]
 
 
-def clip_(parameters: Iterable[Tensor], total_norm: Tensor, largest: float) -> None:
-    """Scale all gradients in place so that their joint norm is at most `largest`."""
-    factor = (largest / (total_norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+def clip_divisor(total_norm: Tensor, largest: float) -> Tensor:
+    """What gradients are divided by so that their joint norm is at most `largest`, 0-d and at least 1.
+
+    Fused AdamW divides by its `grad_scale` as it reads them: clipping needs no pass of its own.
+    """
+    return ((total_norm + 1e-6) / largest).clamp(min=1.0)

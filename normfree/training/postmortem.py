@@ -12,6 +12,7 @@ It needs neither the corpus nor the run: `python -m normfree.diagnostics.replay 
 """
 
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -31,7 +32,7 @@ from normfree.runs import checkpoint_name
 from normfree.training import checkpoint as ckpt
 
 ROWS = 10  # of the ring, in README.txt
-NOT_SHOWN = ("step", "first_bad", "bad_steps", "batch", "level")  # in the table; ring.npz has them
+NOT_SHOWN = ("step", "first_bad", "bad_steps", "bad_in_a_row", "batch", "level")  # in the table; ring.npz has them
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError)
 COLUMNS = 10
 _NUMBERS = ("loss", "grad_norm", "learning_rate")  # of the circumstances: not always finite
@@ -168,12 +169,15 @@ def _words(
     ring: dict[str, np.ndarray],
 ) -> str:
     where = (
-        "Run once more, eagerly, the step met no value that is not finite: what happened did not happen again."
+        f"No module is known to be at fault. {seen.reason}"
         if finding is None
         else f"First of all, in the order of execution: {finding.words()}"
     )
+    bad = finding is not None or not (math.isfinite(seen.loss) and math.isfinite(seen.grad_norm))
     parts = [
-        f"Step {step} met a value that is not finite.",
+        f"Step {step} met a value that is not finite."
+        if bad
+        else f"Step {step} was bad, with a finite loss and gradient.",
         where,
         f"The training loss was {seen.loss:g}, the gradient norm {seen.grad_norm:g}, the learning rate "
         f"{seen.learning_rate:.4g} (peak {config.optim.lr:g}); {seen.device}, {config.train.precision}, "

@@ -13,10 +13,10 @@ from normfree.config import Config
 from normfree.diagnostics.hooks import ParameterRecorder, Recorder
 from normfree.records import RunWriter, read_records
 from normfree.runs import SITES
-from normfree.training.alarms import Event, HeadAlarm, ResidualAlarm, first_fault
+from normfree.training.alarms import OF_NUMBERS, Event, HeadAlarm, ResidualAlarm, first_fault
 from normfree.training.views import Views
 
-SCALARS = ("first_bad", "bad_steps", "loss", "grad_norm", "bad_loss_rows", "loss_scale", "scaler_skips")
+SCALARS = ("first_bad", "bad_steps", "loss", "grad_norm", "bad_loss_rows", "loss_scale", "scaler_skips", "bad_in_a_row")
 
 
 class Due(NamedTuple):
@@ -62,6 +62,7 @@ class Record:
         self.say = say
         self.set_alarms()
         self.last_loss = float("nan")
+        self.failed: set[str] = set()  # statistics that it was said of
         self.missed: list[int] = []  # steps whose checkpoint could not be written
         self.started = time.monotonic()
         self.train_seconds = 0.0
@@ -86,8 +87,10 @@ class Record:
         return (self.tokens - tokens) / (self.train_seconds - seconds) if self.train_seconds > seconds else None
 
     def rewind(self, step: int) -> None:
-        """Drop what was recorded of `step` and after: those steps are done again."""
+        """Drop what was recorded of `step` and after, and what it gave to say: those steps are done again."""
         self.writer.rewind(step)
+        events = self.writer.fields.get("events", [])
+        self.writer.status(events=[e for e in events if e["step"] < step or e["kind"] not in OF_NUMBERS])
         self.missed = [missed for missed in self.missed if missed < step]
         self.set_alarms()
 
@@ -114,7 +117,7 @@ class Record:
             if step % self.config.log.every == 0 or packed.record or head["first_bad"] == step:
                 self._write_scalars(step, head, packed.lr)
             if packed.watch != "off":
-                self._watch(step, parts, packed.watch, first_bad=head["first_bad"] == step)
+                self._watch(step, parts, packed.watch, head)
         if packed.probe:
             names = self.recorder.names + self.recorder.snapshot_names * packed.snapshot
             arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
@@ -122,17 +125,31 @@ class Record:
         if packed.record:
             self._training_record(step, parts, packed.snapshot)
         assert not parts.values.numel(), "the vector of this step is longer than what was taken from it"
+        self._say_failed(step)
 
-    def _watch(self, step: int, parts: "_Reader", watch: str, first_bad: bool) -> None:
+    def _say_failed(self, step: int) -> None:
+        """Of each statistic that failed, once: in a warning, and as an event with the step."""
+        for name, why in (self.recorder.failed | self.parameter_recorder.failed).items():
+            if name not in self.failed:
+                self.failed.add(name)
+                text = f"statistic {name} is left out from here on: {why}"
+                self.problem(text)
+                self._left_out(step, text)
+
+    def _left_out(self, step: int, text: str) -> None:
+        """In run.json at once, with its step; it is among the warnings already."""
+        self.writer.event(Event(step, "left_out", None, f"step {step}: {text}").to_dict())
+
+    def _watch(self, step: int, parts: "_Reader", watch: str, head: dict[str, float]) -> None:
         names = self.recorder.watch_names
         arrays = self.recorder.unpack(parts.next(self.recorder.size(names)), names)
         if "resid_max" in arrays:
             self.events(self.residual.look(step, arrays["resid_max"]))
-        if first_bad and self.config.nan_policy in ("skip", "log"):  # the others have an autopsy
+        if head["first_bad"] == step and self.config.nan_policy == "log":  # the others run the step again
             if watch == "residual":
                 arrays = {name: arrays[name] for name in ("resid_max", "nan_count", "inf_count") if name in arrays}
             peak_sites = self.recorder.statistics["peak"].sites if "peak" in arrays else ()
-            self.events([first_fault(step, arrays, peak_sites)])
+            self.events([first_fault(step, arrays, peak_sites, head["loss"], head["grad_norm"])])
 
     def _training_record(self, step: int, parts: "_Reader", snapshot: bool) -> None:
         if self.n_slopes:
@@ -195,6 +212,9 @@ class Record:
         row = row | {"seconds": round(time.monotonic() - self.started, 3)}
         self.writer.scalars(step, row)
         self.views.scalars(step, row)
+        news, self.views.news = self.views.news, []
+        for text in news:
+            self._left_out(step, text)
 
 
 def pack(*parts: Tensor | None) -> Tensor:

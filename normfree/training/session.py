@@ -41,6 +41,7 @@ from normfree.training.summary import closing_table
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
+NO_MEMORY = ("can't allocate memory", "not enough memory")  # how the CPU's allocator says so
 COMMAND_VARIABLE = "NORMFREE_COMMAND"  # the command as typed, also for the workers of a parallel sweep
 REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
 
@@ -76,18 +77,38 @@ def ended(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> RunRe
     status = load_run(run_dir).status
     if plugin_hashes(status.get("plugins", [])) != plugin_hashes(plugins):
         return None
-    if status.get("status") == "finished" and status.get("last_step", 0) >= config.train.max_steps:
+    last = status.get("last_step", 0)
+    if status.get("status") == "finished" and last >= config.train.max_steps and not _damaged(run_dir, last):
         return RunResult("finished", EXIT_OK, status.get("val/loss", math.nan), run_dir)
     if status.get("status") == "diverged":
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
     return None
 
 
+def _precedes_a_run(path: Path) -> bool:
+    """Whether it is what a process leaves that died before it had written config.yaml."""
+    if path.name == "arrays":
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK or path.name.startswith(".config.yaml.")
+
+
+def _damaged(run_dir: Path, step: int) -> bool:
+    """Whether checkpoint `step` is there and not whole; one that a user removed is not missed."""
+    path = run_dir / "checkpoints" / checkpoint_name(step)
+    if not path.exists():
+        return False
+    try:
+        ckpt.verify(path)
+    except UserError:
+        return True
+    return False
+
+
 def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start. Refuses a directory that is another run's."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir={run_dir} is a file.", EXIT_DIRECTORY)
-    if not run_dir.exists() or not any(p for p in run_dir.iterdir() if p.name != LOCK):
+    if not run_dir.exists() or all(_precedes_a_run(path) for path in run_dir.iterdir()):
         return None
     if not is_run(run_dir):
         raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
@@ -119,11 +140,12 @@ def memory_in_words(config: Config) -> Iterator[None]:
     """A device without enough memory is a message that says what to lower."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, and the CPU's allocator's
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(error) for text in NO_MEMORY):
             raise
         raise UserError(
-            f"out of memory: {str(error).splitlines()[0]}\nLower train.micro_batch_size="
+            f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}\nLower train.micro_batch_size="
             f"{config.train.micro_batch_size} (train.batch_size may stay: gradients are accumulated), data.seq_len, or "
             "the size of the model.",
             EXIT_MEMORY,
@@ -200,18 +222,15 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     start = 0
     if checkpoint is not None:
         start = ckpt.load_training_state(trainer.model, trainer.optimizer, trainer.extra_state(), checkpoint)
-    truncate(run_dir, start)
     config.resume = None  # done; the record is that of one run, however often it was interrupted
     fresh = dict.fromkeys(("reason", "last_step", "tokens_per_second", "sample", "val/loss", "fault"))
     earlier = load_run(run_dir).status if is_run(run_dir) else {}
     changed = other_differences(config, load_run(run_dir).config) if is_run(run_dir) else []
     events = [event for event in earlier.get("events", []) if event["step"] < start or event["kind"] == "rollback"]
     if changed:
-        text = f"goes on from step {start} with other settings, none of which changes the weights: {'; '.join(changed)}"
+        text = f"goes on from step {start} with other settings: {'; '.join(changed)}"
         events.append(Event(start, "settings", None, text).to_dict())
-    writer = RunWriter(run_dir, keep_going=True)
-    writer.config(config)
-    save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
+    writer = _begin(run_dir, start, config, corpus)
     counts = trainer.model.parameter_counts()
     writer.status(
         status="running",
@@ -277,6 +296,18 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         raise
     finally:
         record.writer.close()
+
+
+def _begin(run_dir: Path, start: int, config: Config, corpus: Corpus) -> RunWriter:
+    """Cut the record off at step `start`, and write what a run cannot be without. Raises `UserError`."""
+    try:
+        truncate(run_dir, start)
+        writer = RunWriter(run_dir, keep_going=True)
+        writer.config(config)
+        save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}.", EXIT_DIRECTORY) from error
+    return writer
 
 
 def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins: list[dict[str, str]]) -> None:

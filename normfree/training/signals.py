@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGUSR1 and SIGUSR2: what batch systems are told to send some time before they end a job.
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Preempted(Exception):

@@ -150,7 +150,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
     try:
         digests = _digests(json.loads((checkpoint / MANIFEST).read_bytes()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(f"{MANIFEST} cannot be read ({error})") from error
     for name in FILES:
         if not (checkpoint / name).is_file():
@@ -162,7 +162,17 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise damaged(f"{name} cannot be read ({error.strerror})") from error
         if found != digests[name]:
             raise damaged(f"{name} is not what was written")
-    return json.loads((checkpoint / "state.json").read_bytes())
+    try:
+        return _state(json.loads((checkpoint / "state.json").read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(f"state.json cannot be read ({error})") from error
+
+
+def _state(told: Any) -> dict[str, Any]:
+    """What state.json says; ValueError where that is no state. Digests that agree prove no good will."""
+    if not isinstance(told, dict) or type(told.get("step")) is not int or type(told.get("finite")) is not bool:
+        raise ValueError("it holds no step and whether it is finite")
+    return told
 
 
 def _digests(told: Any) -> dict[str, str]:
@@ -172,11 +182,11 @@ def _digests(told: Any) -> dict[str, str]:
     if told.get("format") == 1 and set(told) == {"format", "step", "sha256"}:
         digests = told["sha256"]
     elif told.get("sha256") == _own_digest(told):
-        digests = told["files"] if told["format"] == FORMAT else None
+        digests = told.get("files") if told.get("format") == FORMAT else None
     else:
         raise ValueError("it is not what was written")
     if not isinstance(digests, dict) or set(digests) != set(FILES):
-        raise ValueError(f"format {told['format']}, or its list of files, is of another version")
+        raise ValueError(f"format {told.get('format')!r:.60}, or its list of files, is of another version")
     return digests
 
 

@@ -25,6 +25,11 @@ def entropy_summary(run: Run) -> str:
     return f"{mean}; heads by quarter {quarters}; {overloaded} of {entropy.size} overloaded{nan}"
 
 
+def _from_to(losses: np.ndarray) -> str:
+    """Its first and last value; a run of which every step was left out has none."""
+    return f"{losses[0]:.3f} -> {losses[-1]:.3f} nats a token" if len(losses) else "not recorded"
+
+
 def closing_table(run: Run) -> RichTable:
     """What a user wants to know when training ends."""
     status = run.status
@@ -35,9 +40,9 @@ def closing_table(run: Run) -> RichTable:
     rows = {
         "model": f"{run.name}, {norm_label(run.config)}",
         "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
-        "training loss": f"{train[0]:.3f} -> {train[-1]:.3f} nats a token",
-        "validation loss": f"{val[0]:.3f} -> {val[-1]:.3f} nats a token",
-        "perplexity": f"{perplexity[-1]:.2f}; {bits[-1]:.3f} bits a byte",
+        "training loss": _from_to(train),
+        "validation loss": _from_to(val),
+        "perplexity": f"{perplexity[-1]:.2f}; {bits[-1]:.3f} bits a byte" if len(bits) else "not recorded",
         "speed": f"{speed:,.0f} tokens/s" if math.isfinite(speed) else "too few steps to tell",
         "attention entropy": entropy_summary(run),
         "NaN in block outputs": f"{int(run.nan_counts.sum()):,} elements" if run.has("nan_count") else "not recorded",

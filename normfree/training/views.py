@@ -79,10 +79,11 @@ class WeightsAndBiases:
 
 
 class Views:
-    """All views of a run. One that fails is left out from then on, and `problems` says why."""
+    """All views of a run. One that fails is left out from then on; `problems` says why, `news` what nobody said yet."""
 
     def __init__(self, directory: Path, config: Config, ceiling: float, start: int) -> None:
         self.problems: list[str] = []
+        self.news: list[str] = []
         self.views: list[Any] = []
         wanted: list[Callable[..., Any]] = []
         if config.log.tensorboard:
@@ -97,6 +98,7 @@ class Views:
 
     def _give_up(self, name: str, error: Exception) -> None:
         self.problems.append(f"{name}: {type(error).__name__}: {error}")
+        self.news.append(f"{name} is left out from here on: {type(error).__name__}: {error}")
         warnings.warn(f"{name} is left out from here on: {error}", stacklevel=3)
 
     def _each(self, method: str, *args: Any) -> None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normfree.data.batches import IGNORED, Batches, evaluation_rows, permute
 from normfree.errors import UserError
@@ -100,3 +102,63 @@ def test_too_little_text_is_an_error_that_names_the_key() -> None:
             call()
     with pytest.raises(UserError, match=r"data\.seq_len=5, but .* chunks of 4"):
         Batches(TOKENS, 5, 8, seed=1, chunk_len=4)
+
+
+# -- any corpus, block, batch, accumulation, seed and place to go on from ----------------------------------------------
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, int]:
+    micro, accumulation = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    seq_len = draw(st.integers(1, 9))
+    return {
+        "n_tokens": draw(st.integers(seq_len + 1, 200)),
+        "seq_len": seq_len,
+        "batch_size": micro * accumulation,
+        "micro": micro,
+        "seed": draw(st.integers(0, 2**63 - 1)),
+        "steps": draw(st.integers(1, 12)),
+        "at": draw(st.integers(0, 11)),
+    }
+
+
+def batches_of(run: dict[str, int]) -> Batches:
+    tokens = np.arange(run["n_tokens"], dtype=np.uint16)
+    return Batches(tokens, run["seq_len"], run["batch_size"], run["seed"])
+
+
+def check_run(run: dict[str, int]) -> None:
+    whole = batches_of(run)
+    order = np.concatenate([whole.indices(step) for step in range(run["steps"])])
+    assert 0 <= order.min() <= order.max() < whole.n_blocks
+    for epoch in range(0, len(order) - whole.n_blocks + 1, whole.n_blocks):
+        assert sorted(order[epoch : epoch + whole.n_blocks]) == list(range(whole.n_blocks))
+    assert len(set(order[len(order) // whole.n_blocks * whole.n_blocks :])) == len(order) % whole.n_blocks
+
+    at = run["at"] % run["steps"]
+    again = batches_of(run)
+    tail = [again.indices(step) for step in range(at, run["steps"])]
+    np.testing.assert_array_equal(np.concatenate(tail), order[at * run["batch_size"] :])
+
+    rows = again.rows(at)
+    np.testing.assert_array_equal(rows[:, 1:], rows[:, :-1] + 1)  # targets are inputs, one token on
+    np.testing.assert_array_equal(rows[:, 0], tail[0] * run["seq_len"])
+    parts = rows.reshape(-1, run["micro"], rows.shape[1])  # micro-batches are slices of the batch, in order
+    np.testing.assert_array_equal(np.concatenate(list(parts)), rows)
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(run=runs())
+def test_any_run_sees_each_block_once_an_epoch_and_goes_on_where_it_was(run: dict[str, int]) -> None:
+    check_run(run)
+
+
+def test_an_order_that_repeats_a_block_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: drawing with replacement looks the same for a step."""
+
+    def careless(positions: np.ndarray, n: int, seed: int, epochs: np.ndarray) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, n, len(positions))
+
+    monkeypatch.setattr("normfree.data.batches.permute", careless)
+    with pytest.raises(AssertionError):
+        check_run({"n_tokens": 50, "seq_len": 3, "batch_size": 4, "micro": 2, "seed": 1, "steps": 9, "at": 3})

@@ -1,6 +1,7 @@
 """The corpus on disk: what it holds, when it is made anew, and what happens when something goes wrong."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -236,7 +237,7 @@ def test_held_out_packages_too_short_for_a_block_are_no_split(small: DataConfig)
     corpus = prepare(small, quiet)
     longest = len(corpus.tokens("val_package"))
     manifest = json.loads((corpus.directory / "manifest.json").read_text())
-    manifest["splits"]["val_package"]["tokens"] = 10
+    manifest["splits"]["val_package"] |= {"tokens": 10, "sha256": hashlib.sha256(b"\0" * 20).hexdigest()}
     (corpus.directory / "manifest.json").write_text(json.dumps(manifest))
     (corpus.directory / "val_package.bin").write_bytes(b"\0" * 20)
     assert longest > 32

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # a first training step imports it; so need not each forked process
+
 from normfree.runs import TIMES
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -34,15 +36,19 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Operations:
-    """Counts what this process does to the files under `folder`; at number `last` it dies by SIGKILL.
+    """Counts what this process does to the files under `folder`; at number `last` it dies by SIGKILL, or does `then`.
 
     An operation is opening a file to write, half a write, fsync, mkdir, rename, remove, rmdir, truncate. Only for a
     forked process: what is put in place here stays.
     """
 
-    def __init__(self, folder: Path, last: int | None = None) -> None:
-        self.folder, self.last, self.count = str(folder), last, 0
+    def __init__(self, folder: Path, last: int | None = None, then: Callable[[], object] = die) -> None:
+        self.folder, self.last, self.then, self.count = str(folder), last, then, 0
         sys.addaudithook(self._audit)
         self._write, self._fsync, self._halve = os.write, os.fsync, False
         os.write, os.fsync = self._half, self._synced  # type: ignore[assignment]
@@ -50,7 +56,7 @@ class Operations:
     def next(self) -> None:
         self.count += 1
         if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.then()
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -112,3 +118,10 @@ def record(run_dir: Path) -> dict[str, object]:
         elif path.is_file() and name not in ("run.json", "run.lock"):
             found[name] = path.read_bytes()
     return found
+
+
+def same(run: Path, whole: Path) -> bool:
+    """Whether two run directories hold the same; `config.yaml` names the directory, and is left out."""
+    ours, theirs = record(run), record(whole)
+    named = {name for name in theirs if name.endswith(("config.yaml", "MANIFEST.json", "best.json"))}
+    return ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in theirs.keys() - named)

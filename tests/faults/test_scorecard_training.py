@@ -3,17 +3,17 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from crashes import Operations, file_size_limit, in_child, record, small_disk
+from crashes import Operations, file_size_limit, in_child, record, same, small_disk
 
 from normfree.cli import run_config
-from normfree.errors import EXIT_DISK
+from normfree.errors import EXIT_DIRECTORY, EXIT_DISK, UserError
 from normfree.records import RunWriter
-from normfree.runs import Run, load_run
+from normfree.runs import load_run
 from normfree.training import checkpoint as ckpt
 from normfree.training.loop import Trainer
 
@@ -37,13 +37,6 @@ def train(tiny, tmp_path):
     return go
 
 
-def same(run: Path, whole: Path) -> bool:
-    """`config.yaml` names the directory; all else is equal."""
-    ours, theirs = record(run), record(whole)
-    named = {name for name in theirs if name.endswith(("config.yaml", "MANIFEST.json", "best.json"))}
-    return ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in theirs.keys() - named)
-
-
 def killed_until_done(train, folder: str, tmp_path: Path, points, **changes: object) -> int:
     """Start the run again and again, each time killed at the next of `points`, until it ends; how often it died."""
     for deaths, last in enumerate(points):
@@ -61,49 +54,50 @@ def points(seed: int):
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(train, tmp_path):
-    assert in_child(lambda: train("whole")) == 0
+    assert train("whole") == 0
     assert killed_until_done(train, "killed", tmp_path, points(1)) >= 3
     assert same(tmp_path / "killed", tmp_path / "whole")
     assert load_run(tmp_path / "killed").status["status"] == "finished"
 
 
+def test_killed_before_it_has_begun_it_begins_again(train, tmp_path):
+    """At each of the operations around the writing of config.yaml, in the same directory."""
+    assert train("whole") == 0
+    for last in range(5, 10):
+        code = in_child(lambda last=last: (Operations(tmp_path / "killed", last), train("killed")))
+        assert code == -signal.SIGKILL, last
+    assert train("killed") == 0
+    assert same(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_a_lost_moment_is_caught(train, tmp_path, monkeypatch):
-    """The control: the same deaths, and a resume that forgets the first moments."""
-    assert in_child(lambda: train("whole")) == 0
+    """The control: one death, and a resume that forgets the first moments."""
+    assert train("whole") == 0
+    assert in_child(lambda: (Operations(tmp_path / "killed", 260), train("killed"))) == -signal.SIGKILL
     load = ckpt._load_tensors
     monkeypatch.setattr(
         ckpt, "_load_tensors", lambda p: {k: t * 0 if k.startswith("exp_avg/") else t for k, t in load(p).items()}
     )
-    assert killed_until_done(train, "killed", tmp_path, points(1)) >= 3
+    assert train("killed") == 0
+    assert load_run(tmp_path / "killed").status["started_from_step"] > 0
     assert not same(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(6))
-def test_many_deaths(train, tmp_path, seed):
-    """By operation, then by the clock."""
-    changes = {"train.max_steps": 30, "train.checkpoint_every": 3}
-    assert in_child(lambda: train("whole", **changes)) == 0
-    deaths = killed_until_done(train, "killed", tmp_path, points(seed), **changes)
-    draw = random.Random(seed)
-    for i in range(100):
-        child = os.fork()
-        if child == 0:
-            try:
-                train("clocked", **changes)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0.2, 1.5 + i / 10))
-        os.kill(child, signal.SIGKILL)
-        deaths += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        run = tmp_path / "clocked"
-        if (run / "run.json").exists() and Run(run).status.get("status") == "finished":
-            break
-    print(f"{deaths} deaths")
-    assert deaths >= 10
-    for folder in ("killed", "clocked"):
-        assert load_run(tmp_path / folder).status["status"] == "finished"
-        assert same(tmp_path / folder, tmp_path / "whole")
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_finished_run_whose_end_went_bad_is_mended(train, tmp_path, damage):
+    """From the checkpoint before it. One that a user removed, to save room, is not missed."""
+    assert train("run", **{"train.keep_checkpoints": 2}) == 0
+    before = record(tmp_path / "run")
+    last = load_run(tmp_path / "run").checkpoints[-1][1]
+    if damage == "flip":
+        weights = bytearray((last / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (last / "model.safetensors").write_bytes(weights)
+    else:
+        shutil.rmtree(last)
+    assert train("run", **{"train.keep_checkpoints": 2}) == 0
+    assert load_run(tmp_path / "run").status["started_from_step"] == (6 if damage == "flip" else 0)
+    assert (record(tmp_path / "run") == before) == (damage == "flip")
 
 
 # -- a disk that fills up ---------------------------------------------------------------------------------------------
@@ -120,6 +114,16 @@ def limited(monkeypatch, owner: type, method: str, when, size: int) -> None:
             return original(self, first, *args)
 
     monkeypatch.setattr(owner, method, within)
+
+
+def test_a_disk_full_when_a_run_begins_is_said(train, tmp_path):
+    """With room again, the same command trains."""
+    assert train("before", **{"train.max_steps": 1}) == 0  # the corpus is there
+    with file_size_limit(100), pytest.raises(UserError, match="cannot be written: File too large") as caught:
+        train("full")
+    assert caught.value.exit_code == EXIT_DIRECTORY
+    assert not (tmp_path / "full" / "config.yaml").exists()
+    assert train("full") == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*training goes on without")
@@ -203,7 +207,7 @@ def test_a_real_disk_that_is_full_for_a_while(train, tmp_path, monkeypatch):
         assert all(5 < row["step"] < 50 for row in lost)
         assert all(ours[name] == wanted[name] for name in ours if name.endswith(".safetensors"))
 
-    assert in_child(lambda: train("whole", **LONG)) == 0
+    assert train("whole", **LONG) == 0
     wanted = record(tmp_path / "whole")
     code = in_child(on_a_small_disk)
     if code == 77:

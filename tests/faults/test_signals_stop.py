@@ -1,5 +1,6 @@
 """Real processes, real signals: the step is finished, the state saved, and the run goes on to the same bytes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,8 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from crashes import in_child, record
 
+from normfree.cli import run_config
 from normfree.runs import load_run
+from normfree.training.loop import Trainer
+from normfree.training.signals import ASKED
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["model=normfree", "data=files", "data.tokenizer=bytes", "model.n_layer=2", "model.n_head=2", "model.n_embd=16"]
@@ -16,75 +22,109 @@ WORDS += ["model.block_size=16", "model.dropout.resid=0.1", "train.batch_size=4"
 WORDS += ["train.checkpoint_every=0", "train.eval_every=0", "train.eval_tokens=64", "diagnostics.probe_sequences=2"]
 WORDS += ["log.figures=false", "log.tensorboard=false", "log.every=1", "diagnostics.every=50", "optim.lr=1e-3"]
 
-
-def start(text_folder: Path, run_dir: str | None, *words: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "run.py"), *WORDS, f"data.path={text_folder}", *words]
-    command += [f"run_dir={run_dir}"] if run_dir else []
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+LONG = {"model.dropout.resid": 0.1, "train.micro_batch_size": 4, "train.max_steps": 90, "train.checkpoint_every": 0}
+LONG |= {"train.eval_every": 0, "diagnostics.every": 30, "optim.lr": 1e-3}
 
 
-def wait_for_steps(process: subprocess.Popen, run_dir: str, steps: int) -> None:
-    path = Path(run_dir) / "metrics.jsonl"
-    for _ in range(600):
-        if path.exists() and path.read_bytes().count(b"\n") >= steps:
+@pytest.fixture
+def train(tiny, tmp_path):
+    """`train(folder, **changes)`: in this process, the run in `tmp_path/folder`; its exit code."""
+    torch.compiler.reset()  # imports what every forked process would import for itself, for two seconds
+    return lambda folder, **changes: run_config(tiny(run_dir=str(tmp_path / folder), **(LONG | changes))).exit_code
+
+
+def start(train, folder: str) -> int:
+    """Train in a forked process; its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = train(folder)
+        finally:
+            os._exit(code)
+    return child
+
+
+def wait_for_rows(run_dir: Path, rows: int) -> None:
+    path = run_dir / "metrics.jsonl"
+    for _ in range(12_000):
+        if path.exists() and path.read_bytes().count(b"\n") >= rows:
             return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError("the run took no steps within 30 seconds")
+        time.sleep(0.005)
+    raise AssertionError("the run took no steps within a minute")
 
 
-def final_bytes(run_dir: str) -> list[bytes]:
-    run = load_run(run_dir)
-    assert run.status["status"] == "finished"
-    files = sorted((run.directory / "arrays").glob("*.bin"))
-    last = run.checkpoints[-1][1]
-    return [path.read_bytes() for path in (*files, last / "model.safetensors", last / "optimizer.safetensors")]
+def send(child: int, signum: int) -> int:
+    """Send the signal and wait for the end: the exit code, -n where the process died of signal n."""
+    os.kill(child, signum)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_stopped_by_each_signal_and_started_again_it_ends_with_the_same_bytes(text_folder):
-    steps = "train.max_steps=240"
-    whole = start(text_folder, "whole", steps)
-    assert whole.wait(timeout=120) == 0, whole.communicate()[0]
-    for i, signum in enumerate((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
-        process = start(text_folder, "run", steps)
-        wait_for_steps(process, "run", 20 + 60 * i)
-        process.send_signal(signum)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum, output
-        run = load_run("run")
+def test_stopped_by_each_signal_and_started_again_it_ends_with_the_same_bytes(train, tmp_path):
+    assert in_child(lambda: train("whole")) == 0
+    for i, signum in enumerate(ASKED):
+        child = start(train, "run")
+        wait_for_rows(tmp_path / "run", 10 + 15 * i)
+        assert send(child, signum) == 128 + signum
+        run = load_run(tmp_path / "run")
         assert run.status["status"] == "preempted"
+        assert signal.Signals(signum).name in run.status["reason"]
         assert run.status["last_step"] == run.checkpoints[-1][0] > 0, "its own step was saved, though none was due"
-        assert signal.Signals(signum).name in output
-        assert "Traceback" not in output
-    process = start(text_folder, "run", steps)
-    assert process.wait(timeout=120) == 0
-    assert final_bytes("run") == final_bytes("whole")
+        assert run.series("train/loss")[0][-1] == run.status["last_step"] - 1, "a step was trained and lost"
+    assert in_child(lambda: train("run")) == 0
+    ours, theirs = record(tmp_path / "run"), record(tmp_path / "whole")
+    last = "checkpoints/step-00000090"
+    assert len([name for name in theirs if name.endswith(".bin")]) > 20
+    for name in theirs:
+        if name.endswith((".bin", ".jsonl")) or (name.startswith(last) and name.endswith(".safetensors")):
+            assert ours[name] == theirs[name], name
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(text_folder, second):
-    """The first is ignored here, as in the middle of a step that never ends; nothing is saved, nothing is broken."""
-    endless = "import sys, time; sys.argv[0] = 'run.py'\n"
-    endless += "from normfree.training.loop import Trainer\n"
-    endless += "def stuck(self, step, due):\n    print('in the step', flush=True)\n    while True: time.sleep(0.01)\n"
-    endless += "Trainer.train_step = stuck\nfrom normfree.cli import main\nsys.exit(main())"
-    command = [sys.executable, "-c", endless, *WORDS, f"data.path={text_folder}", "run_dir=run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "in the step" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
-    process.send_signal(second)
-    assert process.wait(timeout=10) == 128 + second
-    again = start(text_folder, "run", "train.max_steps=5")
-    assert again.wait(timeout=120) != 0, "another configuration: its length is not that run's"
+@pytest.mark.parametrize("signum", ASKED)
+def test_without_a_handler_the_same_signal_loses_steps(train, tmp_path, monkeypatch, signum):
+    """The control: the process dies of it, or of the KeyboardInterrupt, and no checkpoint has its step."""
+    monkeypatch.setattr("normfree.training.signals.ASKED", ())
+    child = start(train, "run")
+    wait_for_rows(tmp_path / "run", 10)
+    assert send(child, signum) == (1 if signum == signal.SIGINT else -signum)
+    assert load_run(tmp_path / "run").checkpoints == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(train, tmp_path, monkeypatch, second):
+    """The first is not heeded here, as in the middle of a step that never ends; what was saved before stays good."""
+
+    def stuck(self, step, due):
+        if step == 4:
+            (tmp_path / "in the step").touch()
+            while True:
+                time.sleep(0.005)
+        original(self, step, due)
+
+    original = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stuck)
+        patch.setitem(LONG, "train.checkpoint_every", 3)
+        patch.setitem(LONG, "train.max_steps", 6)
+        child = start(train, "run")
+        while not (tmp_path / "in the step").exists():
+            time.sleep(0.005)
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.2)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the first signal waits for the step"
+        assert send(child, second) == 128 + second
+        assert [step for step, _ in load_run(tmp_path / "run").checkpoints] == [3]
+        patch.setattr(Trainer, "train_step", original)
+        assert in_child(lambda: train("run")) == 0
+        assert load_run(tmp_path / "run").status["started_from_step"] == 3
 
 
 def test_a_sweep_that_is_asked_to_stop_says_how_far_it_came(text_folder):
-    process = start(text_folder, None, "train.max_steps=2000", "-m", "seed=1,2")
+    """Through the command itself: the process ends with 128 + n."""
+    command = [sys.executable, str(ROOT / "run.py"), *WORDS, f"data.path={text_folder}", "train.max_steps=2000"]
+    process = subprocess.Popen(
+        [*command, "-m", "seed=1,2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for _ in range(600):
         found = list(Path("runs").glob("*/metrics.jsonl"))
         if found and found[0].read_bytes().count(b"\n") > 20:
@@ -93,5 +133,6 @@ def test_a_sweep_that_is_asked_to_stop_says_how_far_it_came(text_folder):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
     assert output.count("preempted") >= 2, "in its own line and in the sweep's table"
     assert len(list(Path("runs").glob("*-s?"))) == 1, "the second job was not begun"

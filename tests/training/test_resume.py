@@ -61,18 +61,12 @@ def interrupted_run(train_tiny, monkeypatch, step: int, **settings: object) -> R
     return train_tiny("stopped", **settings)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("step", [0, 5])  # tests/faults/test_scorecard_exact.py has every point, and every model
 def test_same_bytes_wherever_it_stops(train_tiny, monkeypatch, step):
     whole = train_tiny("whole", **HARD)
     resumed = interrupted_run(train_tiny, monkeypatch, step, **HARD)
     assert contents(resumed) == contents(whole)
     assert resumed.status["status"] == "finished"
-
-
-def test_resume_crosses_an_epoch(train_tiny, monkeypatch):
-    settings = HARD | {"data.max_documents": 2, "train.batch_size": 64, "train.micro_batch_size": 64}
-    whole = train_tiny("whole", **settings)
-    assert contents(interrupted_run(train_tiny, monkeypatch, 5, **settings)) == contents(whole)
 
 
 @pytest.mark.parametrize("lost", ["exp_avg/", "exp_avg_sq/", "step/"])

@@ -1,0 +1,220 @@
+"""The words of a command, options and `key=value`: everything wrong with them is found before Hydra acts on any."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from normfree.config import Config, flat_keys
+from normfree.errors import UserError, unknown
+from normfree.kinds import shown
+from normfree.rules import CHOICES
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+KEYS = {name: weights for name, _, weights in flat_keys(Config())}
+SECTIONS = {name[: m.start()] for name in KEYS for m in re.finditer(r"\.", name)}
+LONGEST_SWEEP = 10_000  # jobs
+
+# Hydra's options that are passed on. Others would read configurations from elsewhere, or a pickled job.
+FLAGS = {"-m", "--multirun", "--resolve", "--hydra-help", "--version"}
+VALUED = {"-c", "--cfg", "-p", "--package", "-i", "--info"}
+
+
+@dataclass
+class Typed:
+    """What was typed: the overrides without fault, the keys of the others, and what is wrong, one entry a fault."""
+
+    good: list[Override] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+    def plain(self) -> list[str]:
+        """The words that are the same for all jobs of a sweep."""
+        return [o.input_line for o in self.good if not o.is_sweep_override() and o.input_line]
+
+    def swept_groups(self) -> Iterator[str]:
+        """Each choice of a file in a sweep, as a word."""
+        choices = groups()
+        for override in self.good:
+            if override.is_sweep_override() and override.key_or_group in choices:
+                for value in values_of(override):
+                    yield f"{override.key_or_group}={value}"
+
+
+def groups() -> dict[str, list[str]]:
+    """What can be chosen as a file: group -> names."""
+    return {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+
+
+def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(options with their values, key=value words), wherever the user put them; Hydra wants the options first."""
+    options, words, rest = [], [], iter(argv)
+    for word in rest:
+        name = word.partition("=")[0]
+        if not word.startswith("-"):
+            words.append(word)
+        elif word in FLAGS or name in VALUED:
+            options += [word] if "=" in word or word in FLAGS else [word, *islice(rest, 1)]
+        else:
+            close = get_close_matches(name, sorted(FLAGS | VALUED | {"--plugin", "--help"}), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"unknown option {word:.100}.{hint} Settings are words, key=value, and presets are files in conf/."
+            )
+    return options, words
+
+
+def parse(words: list[str]) -> tuple[list[Override], list[str]]:
+    """(overrides, what is wrong with the words that are none)."""
+    parser, overrides, problems = OverridesParser.create(), [], []
+    for word in words:
+        try:
+            overrides.append(parser.parse_override(word))
+        except (HydraException, ValueError) as error:
+            problems.append(f"{word:.100}: not of the form key=value: {_first_line(error)}")
+        except RecursionError:
+            problems.append(f"{word:.100}: too many brackets in brackets.")
+    return overrides, problems
+
+
+def read(words: list[str], multirun: bool) -> Typed:
+    """Look at every word by itself; of `multirun`, at what a sweep may say. Reads no file but the names in conf/."""
+    overrides, problems = parse(words)
+    typed = Typed(problems=problems)
+    for override in overrides:
+        found = list(_faults(override))
+        if override.is_sweep_override() and not multirun:
+            found.append(f"{override.key_or_group}: several values are a sweep; add -m (python run.py -m ...).")
+        if multirun and override.key_or_group == "run_dir" and not override.is_sweep_override():
+            found.append("run_dir: the jobs of a sweep cannot share one directory. Leave it null: each names its own.")
+        typed.problems += found
+        if found:
+            typed.bad.add(override.key_or_group)
+        else:
+            typed.good.append(override)
+    jobs = math.prod(sum(1 for _ in values_of(o)) for o in typed.good if o.is_sweep_override())
+    if jobs > LONGEST_SWEEP:
+        typed.problems.append(f"a sweep of {jobs} jobs is more than {LONGEST_SWEEP}.")
+    return typed
+
+
+# -- one word ---------------------------------------------------------------------------------------------------------
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _said(name: str, value: Any) -> str:
+    text = value if isinstance(value, str) and value.isprintable() else shown(value)
+    return f"{name}={text:.100}"
+
+
+def values_of(override: Override) -> Iterator[Any]:
+    """The value, or all values of a sweep, as plain Python. Raises HydraException for what cannot be enumerated."""
+    if override.is_sweep_override():
+        yield from (_plain(value) for value in override.sweep_iterator())
+    else:
+        yield override.value()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _sweep_fault(override: Override) -> str | None:
+    """A sweep that never ends, or cannot be enumerated."""
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep):
+        count = (sweep.stop - sweep.start) / sweep.step if sweep.step else math.nan  # type: ignore[operator]
+        if not count <= LONGEST_SWEEP:  # NaN is no count
+            return f"a range of more than {LONGEST_SWEEP} values, or without end."
+    if isinstance(sweep, IntervalSweep):
+        return "an interval has no values to go through; name them, or give a range."
+    try:
+        next(values_of(override), None)
+    except HydraException as error:
+        return f"name the values ({_first_line(error)})."
+    return None
+
+
+def unknown_key(name: str, known: list[str]) -> str:
+    """The key that was probably meant, and the keys of its section; all of them would fill a page."""
+    section = name.rpartition(".")[0]
+    siblings = [key for key in known if key.rpartition(".")[0] == section] or sorted(SECTIONS)
+    close = get_close_matches(name[:100], known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown key {name[:100]!r}.{hint} There are: {', '.join(siblings)} (all keys: python run.py --help)."
+
+
+def _faults(override: Override) -> Iterator[str]:
+    name = override.key_or_group
+    if override.is_add() or override.is_delete() or override.package is not None:
+        yield f"{override.input_line}: keys are neither added nor removed here; write key=value."
+        return
+    if override.is_sweep_override() and (fault := _sweep_fault(override)):
+        yield f"{name}: {fault}"
+        return
+    choices = groups()
+    if re.split(r"[./]", name)[0] == "hydra":
+        yield from _hydra_faults(override)
+    elif name in choices:
+        for value in values_of(override):
+            if value is None:
+                yield f"{name}=null: leave the word out, and nothing is chosen from conf/{name}."
+            elif str(value) not in choices[name]:
+                known = isinstance(value, str) and value in CHOICES.get(f"model.{name}", ())
+                own = f" Your own is typed model.{name}={value}." if known else ""
+                yield f"{_said(name, value)}: " + unknown(name, value, choices[name]) + own
+    elif name not in KEYS and name not in SECTIONS:
+        yield unknown_key(name, [*KEYS, *choices])
+    else:
+        for value in values_of(override):
+            yield from _value_faults(name, value)
+
+
+def _value_faults(name: str, value: Any) -> Iterator[str]:
+    if _looks_up(value):
+        yield f"{_said(name, value)}: write the value itself."
+        return
+    try:
+        OmegaConf.update(OmegaConf.structured(Config), name, value)
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        yield f"{_said(name, value)}: {_first_line(error)}"
+
+
+def _looks_up(value: Any) -> bool:
+    """Whether a value, or part of it, is to be taken from somewhere else: a key, the environment, a resolver."""
+    if isinstance(value, dict):
+        return any(_looks_up(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(_looks_up(item) for item in value)
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _hydra_faults(override: Override) -> Iterator[str]:
+    """Of Hydra's own settings the launcher is taken: it decides where the jobs of a sweep run, and nothing else."""
+    name = override.key_or_group
+    key = re.fullmatch(r"hydra\.launcher\.[a-z]\w*", name)
+    if name != "hydra/launcher" and not key:
+        yield f"{name}: of Hydra's settings only hydra/launcher=NAME and hydra.launcher.KEY=value can be given."
+    elif override.is_sweep_override():
+        yield f"{name}: one value for the whole sweep."
+    elif _looks_up(override.value()) or not isinstance(override.value(), str | int | float | bool | None):
+        yield f"{name}: write the value itself, one number or name."
+    elif not key and not re.fullmatch(r"\w+", str(override.value())):
+        yield f"{name}={override.value()}: the name of a launcher is needed, such as joblib."
