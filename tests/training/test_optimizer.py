@@ -82,7 +82,6 @@ def test_clipping_inside_the_optimizer_is_clipping_before_it():
             else:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
-        moments = [state["exp_avg"].flatten() for state in optimizer.state.values()]
-        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), torch.cat(moments)))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-6)  # of updates of up to 3e-3
+        found.append(torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()]))
+    assert 0.02 < found[0].norm() < 0.03  # .1 (1 - .9^3) of a gradient of norm .1
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)

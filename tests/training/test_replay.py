@@ -21,9 +21,10 @@ CPU = torch.device("cpu")
 TWO = {"train.micro_batch_size": 4}  # micro-batches
 
 
-def test_faults_at_50_random_sites_are_named_exactly_and_found_again(tiny, tmp_path):
+@pytest.mark.parametrize("count", [24, pytest.param(50, marks=pytest.mark.soak)])
+def test_faults_at_random_sites_are_named_exactly_and_found_again(tiny, tmp_path, count):
     missed, moved = [], []
-    for i, (settings, *site) in enumerate(sites(50)):
+    for i, (settings, *site) in enumerate(sites(count)):
         phase, path, _, value = site
         micro = 8 if i % 5 else 4  # every fifth run accumulates two micro-batches
         pm = planted_run(tiny, tmp_path / str(i), settings, *site, **{"train.micro_batch_size": micro})
@@ -33,7 +34,7 @@ def test_faults_at_50_random_sites_are_named_exactly_and_found_again(tiny, tmp_p
         result = replay(pm, CPU)
         if result.verdict != "planted" or not result.same_place or not all(p.bad for p in result.passes):
             moved.append((site, result))
-    print(f"{50 - len(missed)} of 50 named exactly, {len(moved)} found elsewhere by the replay")
+    print(f"{count - len(missed)} of {count} named exactly, {len(moved)} found elsewhere by the replay")
     assert len(missed) <= 2, missed
     assert not moved
 
