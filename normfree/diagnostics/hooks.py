@@ -57,6 +57,7 @@ class Recorder:
         beside: Sequence[str] = (),
     ) -> None:
         self._level = "off"
+        self._open = False  # whether what lies inside the feed-forward layers is looked at
         self._blocks: Any = list(model.blocks)
         self.n_layer = model.config.n_layer
         self.device = model.wte.weight.device
@@ -83,10 +84,12 @@ class Recorder:
     def level(self, level: str) -> None:
         assert level in LEVELS, level
         self._level = level
-        look = any(self._wanted(s, site) for s in self.statistics.values() for site in INSIDE_ATTENTION)
+        look = self._any_wanted(*INSIDE_ATTENTION)
+        self._open = level == "record" or self._any_wanted("mlp_pre", "mlp_hidden")
         for block in self._blocks:
-            block.mlp.open = level == "record"
+            block.mlp.open = self._open
             block.attn.inner_attention.look = look
+            block.attn.inner_attention.seen = None  # of a forward pass that broke off
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -133,20 +136,21 @@ class Recorder:
             if self._level != "off":
                 seen = Observation("attn", output)
                 self._measure(seen)
-                self._measure(Observation("v", held.pop("v", args[0]), gate=seen))
+                self._measure(Observation("v", held.pop("v"), gate=seen))
 
         def on_mlp_proj(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._level == "record":
+            if self._open:
                 held["mlp"] = seen = Observation("mlp", output)
                 self._measure(Observation("mlp_hidden", args[0], gate=seen))
 
         def on_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self._level != "off":
-                self._measure(held.pop("mlp") if self._level == "record" else Observation("mlp", output))
+                self._measure(held.pop("mlp") if self._open else Observation("mlp", output))
 
         def on_attention(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._level != "off":
                 assert not kwargs.get("q_offset", 0), "with a key-value cache there is nothing to record"
+                held["v"] = args[2]
                 if not module.look:
                     return
                 if module.seen is not None:
@@ -156,7 +160,6 @@ class Recorder:
                     census = Census.take(args[0], args[1], module.scale, rows)
                 for site, tensor in zip(INSIDE_ATTENTION, (args[0], args[1], output), strict=True):
                     self._measure(Observation(site, tensor, census))
-                held["v"] = args[2]
 
         attn, mlp = block.attn, block.mlp
         assert isinstance(attn, nn.Module)
@@ -169,6 +172,9 @@ class Recorder:
             mlp.proj.register_forward_hook(on_mlp_proj),  # type: ignore[union-attr]
             mlp.register_forward_hook(on_mlp),
         ]
+
+    def _any_wanted(self, *sites: str) -> bool:
+        return any(self._wanted(s, site) for s in self.statistics.values() for site in sites)
 
     def _wanted(self, statistic: Statistic, site: str) -> bool:
         """Whether this level measures the statistic at this site."""
@@ -191,7 +197,10 @@ class Recorder:
         if torch.compiler.is_compiling():
             return work(given)
         try:
-            return work(given)
+            result = work(given)
+            if not isinstance(result, Tensor):
+                raise TypeError(f"it gave {type(result).__name__}, not a tensor")
+            return result
         except Exception as error:  # whatever somebody's statistic raises
             self.failed[name] = f"{type(error).__name__}: {error}"
             return None

@@ -104,7 +104,8 @@ class InnerAttention(nn.Module):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(q_offset)
         dropout = self.dropout if self.training else 0.0
         if self.fast and packed is not None and not dropout and kernel.expressible(packed, q.size(1)):
-            y, self.seen = kernel.packed_attention(packed, q.size(1), self.scale, self.look)
+            y, seen = kernel.packed_attention(packed, q.size(1), self.scale, self.look)
+            self.seen = seen if self.look else None
             return y.unflatten(2, (q.size(1), -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, dropout_p=dropout, scale=self.scale

@@ -65,7 +65,6 @@ class Trainer:
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.parameters = trained(self.model)
-        self.partly_read = partly_read(self.model)
         self.flag = faults.FiniteFlag(config.nan_policy, device)
         self.optimizer.found_inf = self.flag.mask  # type: ignore[attr-defined]
         lowest = None if config.nan_policy == "log" else 1.0  # log goes on regardless, and so does its scaler
@@ -89,6 +88,7 @@ class Trainer:
         if self.compiled:
             self.rehearse()
         self.fast = machine.choose_fast(config, device) and not self.injector.active
+        self.partly_read = partly_read(self.model, self.fast)
         self.forward = machine.compiled(self.model, self.compiled)
         self.last_val = float("nan")
         self.signals = Signals()
@@ -294,7 +294,10 @@ class Trainer:
     def fit(self, start: int, record: Record, progress: tqdm) -> None:
         """Train from step `start` to the end, however often the run has to be taken back."""
         if self.config.nan_policy == "rollback" and start == 0:
-            self.save(0, record)  # there is always somewhere to go back to
+            try:
+                self.save(0, record)  # there is always somewhere to go back to
+            except faults.RolledBack as back:  # what it begins with is not finite, and nothing lies before it
+                raise back.fault from None
         while True:
             try:
                 return self.run_steps(start, record, progress)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from normfree.config import OptimConfig
 from normfree.model import Transformer
+from normfree.model.feedforward import MLP
 
 
 def decays(name: str, parameter: Tensor, config: OptimConfig) -> bool:
@@ -47,8 +48,9 @@ def gradient_norms(parameters: list[nn.Parameter]) -> Tensor:
     return torch.stack(torch._foreach_norm(grads)).float()  # type: ignore[arg-type]
 
 
-def partly_read(model: Transformer) -> list[Tensor]:
-    """The weights of which a step may leave rows unread: position and untied token embeddings.
+def partly_read(model: Transformer, fast: bool = False) -> list[Tensor]:
+    """The weights whose NaN or Inf may not reach the loss: of position and untied token embeddings a step leaves rows
+    unread, and on the `fast` path fc's relu is cuBLAS's, which does not promise to keep a NaN.
 
     A NaN or Inf in another weight reaches the loss, so that these are what is left to look at. Two things hide it, both
     of -Inf: a bias before a ReLU, and keys whose every score becomes -Inf. `param_inf_count` and checkpoints see those.
@@ -56,6 +58,9 @@ def partly_read(model: Transformer) -> list[Tensor]:
     tables = [model.wpe.weight] if model.wpe is not None else []
     if model.lm_head is not None:
         tables.append(model.wte.weight)
+    if fast:
+        fcs = [module.fc for module in model.modules() if isinstance(module, MLP) and module.act_inside == "relu"]
+        tables += [parameter for fc in fcs for parameter in fc.parameters()]
     return [table.detach() for table in tables]
 
 

@@ -90,7 +90,9 @@ class Record:
         """Drop what was recorded of `step` and after, and what it gave to say: those steps are done again."""
         self.writer.rewind(step)
         events = self.writer.fields.get("events", [])
-        self.writer.status(events=[e for e in events if e["step"] < step or e["kind"] not in OF_NUMBERS])
+        unsaved = [missed for missed in self.writer.fields.get("unsaved_checkpoints", []) if missed < step]
+        kept = [e for e in events if e["step"] < step or e["kind"] not in OF_NUMBERS]
+        self.writer.status(events=kept, unsaved_checkpoints=unsaved)
         self.missed = [missed for missed in self.missed if missed < step]
         self.set_alarms()
 

@@ -131,10 +131,12 @@ def _as_trained(pm: Postmortem, device: torch.device, compiled: bool) -> Pass:
     state = _State(pm, device, double=False)
     model, optimizer, injector = state.model, state.optimizer, state.injector
     forward = machine.compiled(model, compiled)
+    fast = machine.choose_fast(pm.config, device) and not injector.active
     total = torch.zeros((), device=device)
     for micro, loss_of in enumerate(state.inputs.losses(forward)):
         injector.before_forward(pm.step, micro)
-        loss = loss_of()
+        with model.fast_paths(fast):
+            loss = loss_of()
         (loss * state.scaler.scale).backward()
         total += loss.detach()
     injector.after_backward(pm.step)

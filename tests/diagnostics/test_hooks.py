@@ -147,3 +147,53 @@ def test_each_level_measures_what_it_says(model):
     assert (found["residual"]["resid_max"] == found["record"]["resid_max"]).all()
     assert (found["residual"]["attn_entropy"] == 0).all(), "not measured"
     assert found["record"]["position_entropy"].mean(-1) == pytest.approx(found["all"]["attn_entropy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("site", ["mlp_pre", "mlp_hidden"])
+def test_the_inside_of_the_feed_forward_layer_can_be_watched_at_every_step(site):
+    class Inside(Statistic):
+        sites = every_step = (site,)
+
+        def measure(self, seen):
+            return seen.output.abs().amax()
+
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32))
+    init_weights(model, 0)
+    recorder = Recorder(model, {"inside": Inside}, 8)
+    recorder.start(1, "all")
+    assert model.blocks[0].mlp.open
+    model(torch.zeros(1, 8, dtype=torch.int64))
+    assert (recorder.unpack(recorder.stop())["inside"] > 0).all()
+
+
+def test_a_statistic_of_v_sees_v_also_when_it_is_alone():
+    class Largest(Statistic):
+        sites = ("v",)
+
+        def measure(self, seen):
+            return seen.output.abs().amax()
+
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32))
+    init_weights(model, 0)
+    found = []
+    for more in ({}, {"attn_entropy": STATISTICS["attn_entropy"]}):
+        recorder = Recorder(model, {"largest": Largest, **more}, 8)
+        recorder.start()
+        model(torch.arange(8)[None])
+        found.append(recorder.unpack(recorder.stop())["largest"])
+        recorder.remove()
+    assert found[0].tolist() == found[1].tolist()
+
+
+def test_a_statistic_that_gives_nothing_is_left_out():
+    class Forgetful(Statistic):
+        def measure(self, seen):
+            seen.output.abs()
+
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32))
+    init_weights(model, 0)
+    recorder = Recorder(model, {"forgetful": Forgetful}, 8)
+    recorder.start()
+    model(torch.arange(8)[None])
+    recorder.stop()
+    assert "not a tensor" in recorder.failed["forgetful"]

@@ -128,3 +128,21 @@ def test_what_the_fast_attention_saw_is_what_diagnostics_find_themselves(monkeyp
         assert model.blocks[0].attn.inner_attention.seen is None
     for name, plain in found[0].items():
         np.testing.assert_allclose(found[1][name], plain, rtol=2e-2, atol=2e-2, err_msg=name)
+
+
+@pytest.mark.parametrize("level", ["off", "residual", "all"])
+def test_what_the_fast_attention_saw_does_not_outlive_its_pass(monkeypatch, level):
+    """A pass off the fast path, such as the probe's, looks for itself."""
+    monkeypatch.setattr(attention, "expressible", lambda qkv, heads: True)
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128))
+    init_weights(model, 0)
+    recorder = Recorder(model, ["attn_entropy", "nan_count"], 16)
+    idx = torch.arange(64).view(4, 16) % 100
+    recorder.start(1, level)
+    with torch.autocast("cpu", dtype=torch.bfloat16), model.fast_paths(True), torch.no_grad():
+        model(idx, idx)
+    recorder.level = "off"
+    recorder.start()
+    with torch.no_grad():
+        model(idx, idx)
+    assert np.isfinite(recorder.unpack(recorder.stop())["attn_entropy"]).all()
