@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from canary import Payload
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
@@ -21,16 +21,6 @@ from normfree.errors import EXIT_CHECKPOINT, EXIT_DATA, UserError
 from normfree.runs import MANIFEST, load_run
 from normfree.training import checkpoint as ckpt
 from normfree.training import store
-
-
-class Payload:
-    """Makes the canary's folder when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return os.mkdir, (self.canary,)
 
 
 @pytest.fixture

@@ -1,25 +1,15 @@
 """Words and presets that would run code: a canary's folder is never made, and the refusal says what is wrong."""
 
-import os
 import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from canary import Payload
 
 from normfree import cli, words
 from normfree.errors import EXIT_CONFIG
-
-
-class Payload:
-    """Makes the canary's folder when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return os.mkdir, (self.canary,)
 
 
 @pytest.fixture
