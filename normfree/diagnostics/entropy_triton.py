@@ -1,9 +1,10 @@
 """The CUDA kernels of exact attention entropy: one pass over Q K^T, and nothing of size T x T.
 
-With c = scale * log2(e), t = c q.k - m and m the row's running maximum of c q.k, each tile of keys adds
-z = sum 2^t and w = sum 2^t t; when m rises by d, z <- 2^-d z and w <- 2^-d (w - d z). Then H = ln 2 (log2 z - w / z).
-The shift by m keeps the digits that lse - sum p s loses at large scores. Products are IEEE for float32 (never TF32),
-and half-precision inputs are multiplied exactly and summed in float32.
+With c = scale * log2(e), t = c (q.k - m) and m the row's running maximum of q.k, each tile of keys adds
+z = sum 2^t and w = sum 2^t t; when c m rises by d, z <- 2^-d z and w <- 2^-d (w - d z). Then H = ln 2 (log2 z - w / z).
+The shift by m keeps the digits that lse - sum p s loses at large scores; as it comes before the scale, t is exactly 0
+at the maximum. Products are IEEE for float32 (never TF32), and half-precision inputs are multiplied exactly and summed
+in float32.
 
 This module imports Triton, so it is imported for CUDA tensors only: by `entropy` and `census` beside it.
 """
@@ -52,11 +53,11 @@ def _larger(a, b):
 @triton.jit
 def _take_in(s, m, z, w, c):
     """Add a tile of products s, (rows, keys), to the running maximum m, sum z and weighted sum w of its rows."""
-    new = _larger(m, tl.reduce(s, 1, _larger) * c)
+    new = _larger(m, tl.reduce(s, 1, _larger))
     # The floor makes a score of -inf weigh 0 times a finite number; NaN passes through it.
-    t = _larger(s * c - new[:, None], -1e4)
+    t = _larger((s - new[:, None]) * c, -1e4)
     p = tl.exp2(t)
-    rise = new - m
+    rise = (new - m) * c
     decay = tl.exp2(-rise)
     return new, z * decay + tl.sum(p, 1), (w - rise * z) * decay + tl.sum(p * t, 1)
 
@@ -95,13 +96,13 @@ def _entropy_forward(
 
     key_0 = _load(k_base, tl.zeros([1], tl.int32), S, k_t, k_d, D, BLOCK_D)  # (1, BLOCK_D)
     log2_l = tl.log2(z)
-    log2_sink = tl.sum(q.to(tl.float32) * key_0.to(tl.float32), 1) * c - m - log2_l
+    log2_sink = (tl.sum(q.to(tl.float32) * key_0.to(tl.float32), 1) - m) * c - log2_l
     sink = tl.exp2(tl.minimum(log2_sink, 0.0, propagate_nan=tl.PropagateNan.ALL))  # this product rounds differently
     out = head * T + row
     inside = row < T
     tl.store(ENTROPY + out, 0.6931471805599453 * (log2_l - w / z), mask=inside)
-    tl.store(LSE + out, 0.6931471805599453 * (m + log2_l), mask=inside)
-    tl.store(MAX + out, 0.6931471805599453 * m, mask=inside)
+    tl.store(LSE + out, 0.6931471805599453 * (m * c + log2_l), mask=inside)
+    tl.store(MAX + out, 0.6931471805599453 * c * m, mask=inside)
     tl.store(SINK + out, sink, mask=inside)
     if WITH_PEAKS:  # of the query and the key at this position
         tl.store(Q_PEAK + out, tl.reduce(tl.abs(q.to(tl.float32)), 1, _larger), mask=inside)
@@ -200,6 +201,7 @@ def _count(X, GATE, OUT, numel, H, T, D, x_b, x_h, x_t, x_d, BLOCK: tl.constexpr
 def _grad_scores(s, visible, c, lse2, entropy, g_entropy, g_lse):
     """p (g_lse - g_entropy (ln p + H)), the gradient of the scores, (rows, keys); 0 where p is."""
     log2_p = _larger(s * c - lse2[:, None], -1e4)
+    log2_p = tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL)  # two large numbers may round to more
     log2_p = tl.where(visible, log2_p, -1e4)
     g = g_lse[:, None] - g_entropy[:, None] * (log2_p * 0.6931471805599453 + entropy[:, None])
     return tl.exp2(log2_p) * g

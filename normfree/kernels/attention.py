@@ -59,14 +59,16 @@ def _packed_attention(qkv: Tensor, heads: int, scale: float, look: bool) -> tupl
 @_packed_attention.register_fake
 def _(qkv: Tensor, heads: int, scale: float, look: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, T, width = qkv.shape
-    lse = (B, heads, T) if qkv.is_cuda and T > SHORT else (0,)
+    softmax = (2, B, heads, T) if qkv.is_cuda and T > SHORT else (0,)
     rows = (6, B, heads, T) if look else (0,)
     f32 = torch.float32
-    return qkv.new_empty(B, T, width // 3), qkv.new_empty(lse, dtype=f32), qkv.new_empty(rows, dtype=f32)
+    return qkv.new_empty(B, T, width // 3), qkv.new_empty(softmax, dtype=f32), qkv.new_empty(rows, dtype=f32)
 
 
 @torch.library.custom_op("normfree::packed_attention_backward", mutates_args=())
-def _packed_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
+def _packed_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, softmax: Tensor, heads: int, scale: float
+) -> Tensor:
     if qkv.is_cuda and qkv.size(1) <= SHORT:
         from normfree.kernels import attention_triton
 
@@ -74,7 +76,7 @@ def _packed_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tens
     if qkv.is_cuda:
         from normfree.kernels import attention_long_triton
 
-        return attention_long_triton.backward(grad.contiguous(), qkv.contiguous(), out, lse, heads, scale)
+        return attention_long_triton.backward(grad.contiguous(), qkv.contiguous(), out, softmax, heads, scale)
     q, k, v = _unpack(qkv, heads)
     B, T, C = grad.shape
     dy = grad.view(B, T, heads, C // heads).transpose(1, 2)  # (B, H, T, D)
@@ -86,7 +88,7 @@ def _packed_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tens
 
 
 @_packed_attention_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
+def _(grad: Tensor, qkv: Tensor, out: Tensor, softmax: Tensor, heads: int, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 

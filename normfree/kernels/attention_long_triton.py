@@ -2,8 +2,8 @@
 
 Forward: a running maximum and sum over tiles of keys (FlashAttention-2: Dao, arXiv:2307.08691), with the sum that gives
 the entropy (`normfree.diagnostics.entropy_triton`) carried along where diagnostics ask for it. Backward: the scores are
-computed again from the rows' log-sum-exp, once by blocks of keys for dK and dV and once by blocks of rows for dQ; so no
-sum is shared between programs. Everything is read from and written to packed tensors.
+computed again from the rows' maxima and sums, once by blocks of keys for dK and dV and once by blocks of rows for dQ;
+so no sum is shared between programs. Everything is read from and written to packed tensors.
 """
 
 import torch
@@ -15,12 +15,19 @@ from normfree.kernels.attention_triton import LOG2_E, _larger, _load, _store, _w
 
 
 @triton.jit
-def _take_in(s, v, m, z, w, acc, LOOK: tl.constexpr):
-    """Add a tile of scores in bits, (ROWS, KEYS), and its values to the rows' maximum, sums and output."""
+def _probability(s, m, log2_z, c):
+    """From products, their row's largest, and log2 of its sum. A product summed in another order may be larger."""
+    t = tl.minimum(s - m, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(t * c - log2_z)
+
+
+@triton.jit
+def _take_in(s, v, m, z, w, acc, c, LOOK: tl.constexpr):
+    """Add a tile of products s, (ROWS, KEYS), and its values to the rows' maximum, sums and output."""
     new = tl.maximum(m, tl.max(s, 1))
-    t = s - new[:, None]
+    t = (s - new[:, None]) * c  # exactly 0 at the maximum, see `attention_triton`
     p = tl.exp2(t)
-    rise = new - m
+    rise = (new - m) * c
     decay = tl.exp2(-rise)
     if LOOK:
         w = (w - rise * z) * decay + tl.sum(p * _larger(t, -1e4), 1)  # -inf weighs 0 times a finite number
@@ -29,7 +36,7 @@ def _take_in(s, v, m, z, w, acc, LOOK: tl.constexpr):
 
 @triton.jit
 def _forward(
-    QKV, OUT, LSE2, STATISTICS, n, T, C, H, c,
+    QKV, OUT, SOFTMAX, STATISTICS, n, T, C, H, c,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, ROWS)
@@ -44,36 +51,38 @@ def _forward(
     for start in range(0, first, KEYS):
         k = _load(base + C, start, T, 3 * C, KEYS, D)
         v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
-        m, z, w, acc = _take_in(tl.dot(q, tl.trans(k)) * c, v, m, z, w, acc, LOOK)
+        m, z, w, acc = _take_in(tl.dot(q, tl.trans(k)), v, m, z, w, acc, c, LOOK)
     row = first + tl.arange(0, ROWS)
     for start in range(first, tl.minimum(first + ROWS, T), KEYS):
         k = _load(base + C, start, T, 3 * C, KEYS, D)
         v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
         seen = (start + tl.arange(0, KEYS))[None, :] <= row[:, None]
-        s = tl.where(seen, tl.dot(q, tl.trans(k)) * c, float("-inf"))
-        m, z, w, acc = _take_in(s, v, m, z, w, acc, LOOK)
+        s = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
+        m, z, w, acc = _take_in(s, v, m, z, w, acc, c, LOOK)
     _store(OUT + head // H * T * C + head % H * D, acc / z[:, None], first, T, C, ROWS, D)
-    tl.store(LSE2 + head * T + row, m + tl.log2(z), mask=row < T)
+    tl.store(SOFTMAX + head * T + row, m, mask=row < T)
+    tl.store(SOFTMAX + n + head * T + row, tl.log2(z), mask=row < T)
     if LOOK:
         key_0 = _load(base + C, 0, 1, 3 * C, 16, D)
-        first_score = tl.sum(q.to(tl.float32) * tl.sum(key_0.to(tl.float32), 0)[None, :], 1) * c
-        sink = tl.exp2(tl.minimum(first_score - m, 0.0, propagate_nan=tl.PropagateNan.ALL))  # rounds differently
+        first_product = tl.sum(q.to(tl.float32) * tl.sum(key_0.to(tl.float32), 0)[None, :], 1)
+        sink = _probability(first_product, m, 0.0, c)
         k = _load(base + C, first, T, 3 * C, ROWS, D)
-        _write_rows(STATISTICS, n, head * T + row, row < T, m, z, w, tl.minimum(sink, z), q, k)
+        _write_rows(STATISTICS, n, head * T + row, row < T, m * c, z, w, tl.minimum(sink, z), q, k)
 
 
 @triton.jit
 def _add_rows(
-    q_base, dy_base, lse2_base, delta_base, first, key, k, v, dk, dv, T, C, c,
+    q_base, dy_base, softmax, delta_base, n, first, key, k, v, dk, dv, T, C, c,
     ROWS: tl.constexpr, D: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """What rows first .. first + ROWS - 1 give to the keys' and values' gradients; scores are (KEYS, ROWS) here."""
     q = _load(q_base, first, T, 3 * C, ROWS, D)
     dy = _load(dy_base, first, T, C, ROWS, D)
     row = first + tl.arange(0, ROWS)
-    lse2 = tl.load(lse2_base + row, mask=row < T, other=float("inf"))  # no probability from T on
+    m = tl.load(softmax + row, mask=row < T, other=0.0)
+    log2_z = tl.load(softmax + n + row, mask=row < T, other=float("inf"))  # no probability from T on
     delta = tl.load(delta_base + row, mask=row < T, other=0.0)
-    p = tl.exp2(tl.dot(k, tl.trans(q)) * c - lse2[None, :])
+    p = _probability(tl.dot(k, tl.trans(q)), m[None, :], log2_z[None, :], c)
     if DIAGONAL:
         p = tl.where(key[:, None] <= row[None, :], p, 0.0)
     dv = tl.dot(p.to(dy.dtype), dy, dv)
@@ -83,7 +92,7 @@ def _add_rows(
 
 @triton.jit
 def _backward_keys(
-    GRAD, QKV, LSE2, DELTA, OUT, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
+    GRAD, QKV, SOFTMAX, DELTA, OUT, n, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     blocks = tl.cdiv(T, KEYS)
     first = tl.program_id(0) % blocks * KEYS  # the keys that most rows see first
@@ -95,11 +104,11 @@ def _backward_keys(
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     key = first + tl.arange(0, KEYS)
-    lse2, delta = LSE2 + head * T, DELTA + head * T
+    softmax, delta = SOFTMAX + head * T, DELTA + head * T
     for start in range(first, tl.minimum(first + KEYS, T), ROWS):
-        dk, dv = _add_rows(base, dy, lse2, delta, start, key, k, v, dk, dv, T, C, c, ROWS, D, True)
+        dk, dv = _add_rows(base, dy, softmax, delta, n, start, key, k, v, dk, dv, T, C, c, ROWS, D, True)
     for start in range(first + KEYS, T, ROWS):
-        dk, dv = _add_rows(base, dy, lse2, delta, start, key, k, v, dk, dv, T, C, c, ROWS, D, False)
+        dk, dv = _add_rows(base, dy, softmax, delta, n, start, key, k, v, dk, dv, T, C, c, ROWS, D, False)
     out = OUT + head // H * T * 3 * C + head % H * D
     _store(out + C, dk * scale, first, T, 3 * C, KEYS, D)
     _store(out + 2 * C, dv, first, T, 3 * C, KEYS, D)
@@ -107,7 +116,7 @@ def _backward_keys(
 
 @triton.jit
 def _backward_rows(
-    GRAD, QKV, Y, LSE2, DELTA, OUT, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
+    GRAD, QKV, Y, SOFTMAX, DELTA, OUT, n, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """dQ; and the sum of p dp over each row, which is that of y dy, for `_backward_keys`."""
     blocks = tl.cdiv(T, ROWS)
@@ -118,7 +127,8 @@ def _backward_rows(
     q = _load(base, first, T, 3 * C, ROWS, D)
     dy = _load(GRAD + rows, first, T, C, ROWS, D)
     row = first + tl.arange(0, ROWS)
-    lse2 = tl.load(LSE2 + head * T + row, mask=row < T, other=float("inf"))[:, None]
+    m = tl.load(SOFTMAX + head * T + row, mask=row < T, other=0.0)[:, None]
+    log2_z = tl.load(SOFTMAX + n + head * T + row, mask=row < T, other=float("inf"))[:, None]
     delta = tl.sum(_load(Y + rows, first, T, C, ROWS, D).to(tl.float32) * dy.to(tl.float32), 1)
     tl.store(DELTA + head * T + row, delta, mask=row < T)
     delta = delta[:, None]
@@ -126,12 +136,12 @@ def _backward_rows(
     for start in range(0, first, KEYS):
         k = _load(base + C, start, T, 3 * C, KEYS, D)
         v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
-        p = tl.exp2(tl.dot(q, tl.trans(k)) * c - lse2)
+        p = _probability(tl.dot(q, tl.trans(k)), m, log2_z, c)
         dq = tl.dot((p * (tl.dot(dy, tl.trans(v)) - delta)).to(k.dtype), k, dq)
     for start in range(first, tl.minimum(first + ROWS, T), KEYS):
         k = _load(base + C, start, T, 3 * C, KEYS, D)
         v = _load(base + 2 * C, start, T, 3 * C, KEYS, D)
-        p = tl.exp2(tl.dot(q, tl.trans(k)) * c - lse2)
+        p = _probability(tl.dot(q, tl.trans(k)), m, log2_z, c)
         p = tl.where((start + tl.arange(0, KEYS))[None, :] <= row[:, None], p, 0.0)
         dq = tl.dot((p * (tl.dot(dy, tl.trans(v)) - delta)).to(k.dtype), k, dq)
     _store(OUT + head // H * T * 3 * C + head % H * D, dq * scale, first, T, 3 * C, ROWS, D)
@@ -150,29 +160,29 @@ def _tiles(chosen: tuple[int, int, int, int]) -> dict[str, int]:
 
 
 def forward(qkv: Tensor, heads: int, scale: float, look: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, T, C), log-sum-exp in bits (B, H, T), and where `look` the rows (6, B, H, T), else nothing."""
+    """The output (B, T, C), largest products and log2 of sums (2, B, H, T), where `look` the rows (6, B, H, T)."""
     B, T, width = qkv.shape
     C = width // 3
     out = torch.empty(B, T, C, dtype=qkv.dtype, device=qkv.device)
-    lse2 = torch.empty(B, heads, T, dtype=torch.float32, device=qkv.device)
+    softmax = torch.empty(2, B, heads, T, dtype=torch.float32, device=qkv.device)
     rows = torch.empty((6, B, heads, T) if look else (0,), dtype=torch.float32, device=qkv.device)
     with torch.cuda.device(qkv.device):
-        args = (qkv, out, lse2, rows, lse2.numel(), T, C, heads, scale * LOG2_E)
+        args = (qkv, out, softmax, rows, B * heads * T, T, C, heads, scale * LOG2_E)
         tiles = _tiles(FORWARD_LOOK if look else FORWARD)
         grid = (B * heads * triton.cdiv(T, tiles["ROWS"]),)
         _forward[grid](*args, **tiles, D=C // heads, LOOK=look)
-    return out, lse2, rows
+    return out, softmax, rows
 
 
-def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse2: Tensor, heads: int, scale: float) -> Tensor:
+def backward(grad: Tensor, qkv: Tensor, out: Tensor, softmax: Tensor, heads: int, scale: float) -> Tensor:
     B, T, C = out.shape
-    delta = torch.empty_like(lse2)
+    delta = torch.empty_like(softmax[0])
     found = torch.empty_like(qkv)
     D = C // heads
     with torch.cuda.device(qkv.device):
-        sizes = (found, T, C, heads, scale * LOG2_E, scale)
+        sizes = (found, delta.numel(), T, C, heads, scale * LOG2_E, scale)
         rows = (B * heads * triton.cdiv(T, BACKWARD_ROWS[0]),)
-        _backward_rows[rows](grad, qkv, out, lse2, delta, *sizes, **_tiles(BACKWARD_ROWS), D=D)
+        _backward_rows[rows](grad, qkv, out, softmax, delta, *sizes, **_tiles(BACKWARD_ROWS), D=D)
         keys = (B * heads * triton.cdiv(T, BACKWARD_KEYS[1]),)
-        _backward_keys[keys](grad, qkv, lse2, delta, *sizes, **_tiles(BACKWARD_KEYS), D=D)
+        _backward_keys[keys](grad, qkv, softmax, delta, *sizes, **_tiles(BACKWARD_KEYS), D=D)
     return found

@@ -3,6 +3,9 @@
 One program holds all queries and keys of one head of one sequence, as two blocks of positions: the scores of a block of
 rows live in registers, the backward pass computes them again from q and k and needs nothing else, and no sum is shared
 between programs. Of the four blocks of scores the one after the diagonal is never computed.
+
+A row's largest product is subtracted before the products are scaled: the difference is exactly 0 there, however
+large it is. (s c - m would be one rounding for s c and another for m: at 1e10, thousands apart.)
 """
 
 import torch
@@ -28,23 +31,23 @@ def _store(base, x, first, T, stride, BLOCK: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _diagonal(q, k, c, BLOCK: tl.constexpr):
-    """Scores in bits of a block of rows with the keys at their own positions."""
+def _diagonal(q, k, BLOCK: tl.constexpr):
+    """Products of a block of rows with the keys at their own positions."""
     t = tl.arange(0, BLOCK)
-    return tl.where(t[None, :] <= t[:, None], tl.dot(q, tl.trans(k)) * c, float("-inf"))
+    return tl.where(t[None, :] <= t[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
 
 
 @triton.jit
-def _softmax(s):
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
+def _softmax(s, c):
+    p = tl.exp2((s - tl.max(s, 1)[:, None]) * c)
     return p / tl.sum(p, 1)[:, None]
 
 
 @triton.jit
-def _softmax_of_two(s_0, s_1):
+def _softmax_of_two(s_0, s_1, c):
     m = tl.maximum(tl.max(s_0, 1), tl.max(s_1, 1))
-    p_0 = tl.exp2(s_0 - m[:, None])
-    p_1 = tl.exp2(s_1 - m[:, None])
+    p_0 = tl.exp2((s_0 - m[:, None]) * c)
+    p_1 = tl.exp2((s_1 - m[:, None]) * c)
     total = 1.0 / (tl.sum(p_0, 1) + tl.sum(p_1, 1))
     return p_0 * total[:, None], p_1 * total[:, None]
 
@@ -55,9 +58,9 @@ def _larger(a, b):
 
 
 @triton.jit
-def _terms(s, m):
-    """2^t, the sum of t 2^t over the row, with t = s - m no lower than -1e4: -inf weighs 0 times a finite number."""
-    t = _larger(s - m[:, None], -1e4)
+def _terms(s, m, c):
+    """2^t, the sum of t 2^t over the row, with t = (s - m) c no lower than -1e4: -inf weighs 0 times a number."""
+    t = _larger((s - m[:, None]) * c, -1e4)
     p = tl.exp2(t)
     return p, tl.sum(p * t, 1)
 
@@ -69,7 +72,9 @@ def _row_peak(x):
 
 @triton.jit
 def _write_rows(ROWS, n, place, inside, m, z, w, sink, q, k):
-    """A block's rows of `normfree.diagnostics.census`: entropy, lse, largest score, sink mass, peaks of q and k."""
+    """A block's rows of `normfree.diagnostics.census`: entropy, lse, largest score, sink mass, peaks of q and k.
+
+    m is the largest score in bits, z and w are the sums of 2^t and t 2^t."""
     log2_z = tl.log2(z)
     tl.store(ROWS + place, 0.6931471805599453 * (log2_z - w / z), mask=inside)
     tl.store(ROWS + n + place, 0.6931471805599453 * (m + log2_z), mask=inside)
@@ -92,33 +97,33 @@ def _forward(QKV, OUT, ROWS, n, T, C, H, c, BLOCK: tl.constexpr, D: tl.constexpr
     k_0 = _load(base + C, 0, T, 3 * C, BLOCK, D)
     v_0 = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
     q = _load(base, 0, T, 3 * C, BLOCK, D)
-    s = _diagonal(q, k_0, c, BLOCK)
+    s = _diagonal(q, k_0, BLOCK)
     m = tl.max(s, 1)
     if LOOK:
-        p_0, w = _terms(s, m)
+        p_0, w = _terms(s, m, c)
         z = tl.sum(p_0, 1)
         sink = tl.sum(tl.where(first_key, p_0, 0.0), 1)
-        _write_rows(ROWS, n, place, row < T, m, z, w, sink, q, k_0)
+        _write_rows(ROWS, n, place, row < T, m * c, z, w, sink, q, k_0)
     else:
-        p_0 = tl.exp2(s - m[:, None])
+        p_0 = tl.exp2((s - m[:, None]) * c)
         z = tl.sum(p_0, 1)
     _store(out, tl.dot((p_0 / z[:, None]).to(v_0.dtype), v_0), 0, T, C, BLOCK, D)
 
     k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)
     v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
     q = _load(base, BLOCK, T, 3 * C, BLOCK, D)
-    s_0 = tl.dot(q, tl.trans(k_0)) * c
-    s_1 = _diagonal(q, k_1, c, BLOCK)
+    s_0 = tl.dot(q, tl.trans(k_0))
+    s_1 = _diagonal(q, k_1, BLOCK)
     m = tl.maximum(tl.max(s_0, 1), tl.max(s_1, 1))
     if LOOK:
-        p_0, w_0 = _terms(s_0, m)
-        p_1, w_1 = _terms(s_1, m)
+        p_0, w_0 = _terms(s_0, m, c)
+        p_1, w_1 = _terms(s_1, m, c)
         z = tl.sum(p_0, 1) + tl.sum(p_1, 1)
         sink = tl.sum(tl.where(first_key, p_0, 0.0), 1)
-        _write_rows(ROWS, n, place + BLOCK, row + BLOCK < T, m, z, w_0 + w_1, sink, q, k_1)
+        _write_rows(ROWS, n, place + BLOCK, row + BLOCK < T, m * c, z, w_0 + w_1, sink, q, k_1)
     else:
-        p_0 = tl.exp2(s_0 - m[:, None])
-        p_1 = tl.exp2(s_1 - m[:, None])
+        p_0 = tl.exp2((s_0 - m[:, None]) * c)
+        p_1 = tl.exp2((s_1 - m[:, None]) * c)
         z = tl.sum(p_0, 1) + tl.sum(p_1, 1)
     y = tl.dot((p_0 / z[:, None]).to(v_0.dtype), v_0)
     y = tl.dot((p_1 / z[:, None]).to(v_1.dtype), v_1, y)
@@ -137,7 +142,7 @@ def _backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: tl.cons
     v_0 = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
     q = _load(base, 0, T, 3 * C, BLOCK, D)
     dy = _load(grad, 0, T, C, BLOCK, D)
-    p = _softmax(_diagonal(q, k_0, c, BLOCK))
+    p = _softmax(_diagonal(q, k_0, BLOCK), c)
     dp = tl.dot(dy, tl.trans(v_0))
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
     dv_0 = tl.dot(tl.trans(p.to(dy.dtype)), dy)
@@ -148,7 +153,7 @@ def _backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: tl.cons
     v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
     q = _load(base, BLOCK, T, 3 * C, BLOCK, D)
     dy = _load(grad, BLOCK, T, C, BLOCK, D)
-    p_0, p_1 = _softmax_of_two(tl.dot(q, tl.trans(k_0)) * c, _diagonal(q, k_1, c, BLOCK))
+    p_0, p_1 = _softmax_of_two(tl.dot(q, tl.trans(k_0)), _diagonal(q, k_1, BLOCK), c)
     dv_0 = tl.dot(tl.trans(p_0.to(dy.dtype)), dy, dv_0)
     _store(out + 2 * C, dv_0, 0, T, 3 * C, BLOCK, D)
     _store(out + 2 * C, tl.dot(tl.trans(p_1.to(dy.dtype)), dy), BLOCK, T, 3 * C, BLOCK, D)

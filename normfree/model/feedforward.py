@@ -22,12 +22,14 @@ class MLP(nn.Module):
         self.fc = Linear(config.n_embd, config.n_inner, bias=config.bias.mlp_fc)
         self.act = act
         self.proj = Linear(config.n_inner, config.n_embd, bias=config.bias.mlp_proj)
-        plain = config.act_beta == 1.0 and config.n_embd % 8 == 0 and config.n_inner % 8 == 0
-        self.act_inside = config.act if config.act in kernel.ACTS and plain else None
+        aligned = config.n_embd % 8 == 0 and config.n_inner % 8 == 0
+        self.act_inside = config.act if config.act in kernel.ACTS and aligned else None
+        self.act_beta = config.act_beta
 
     def forward(self, x: Tensor) -> Tensor:
         half = autocast_dtype(x)
         if self.fast and not self.open and self.act_inside is not None and half is not None:
             fc, proj = self.fc, self.proj
-            return kernel.feed_forward(x.to(half), fc.weight, fc.bias, proj.weight, proj.bias, self.act_inside)
+            weights = fc.weight, fc.bias, proj.weight, proj.bias
+            return kernel.feed_forward(x.to(half), *weights, self.act_inside, self.act_beta)
         return self.proj(self.act(self.fc(x)))

@@ -57,17 +57,32 @@ def test_what_attention_tells_of_numbers_that_are_not_finite(value, T):
     torch.testing.assert_close(ours.entropy.cpu(), theirs.entropy, rtol=0, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("act", linear.ACTS)
+@pytest.mark.parametrize("T", [100, 128, 300])
+def test_scores_of_ten_thousand_million_are_no_reason_for_nan(T):
+    """A norm-free model that is being lost meets them; SDPA is finite there."""
+    B, H, scale = 2, 2, 0.125
+    qkv, grad = 2e4 * drawn(B, T, 3 * 64 * H), drawn(B, T, 64 * H, seed=1)
+    wanted, _ = attention.packed_attention(qkv.double(), H, scale)
+    leaf = qkv.cuda().requires_grad_()
+    found, rows = attention.packed_attention(leaf, H, scale, look=True)
+    found.backward(grad.cuda())
+    assert error(found.detach(), wanted) < 5e-3
+    assert leaf.grad.isfinite().all()
+    theirs = Census.take(*attention._unpack(qkv.double(), H)[:2], scale, True)
+    torch.testing.assert_close(Census.of_rows(rows).entropy.cpu().double(), theirs.entropy.double(), rtol=0, atol=1e-4)
+    q, k, _ = attention._unpack(qkv.cuda(), H)
+    ours = Census.take(q, k, scale, True)
+    torch.testing.assert_close(ours.entropy.cpu().double(), theirs.entropy.double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize(("M", "K", "N"), [(1000, 96, 200), (128, 128, 128), (4096, 768, 3072), (1, 8, 16)])
-def test_gradient_product(M, K, N, act):
-    grad, weight, saved = drawn(M, K), drawn(K, N, seed=1), 2 * drawn(M, N, seed=2)
-    saved = saved.relu() if act == "relu" else saved
-    wanted, sums, hidden = linear._gradient_product(grad.double(), weight.double(), saved.double(), act)
-    found, found_sums, found_hidden = linear._gradient_product(grad.cuda(), weight.cuda(), saved.cuda(), act)
+def test_gradient_product(M, K, N, sign):
+    grad, weight, slope = drawn(M, K), drawn(K, N, seed=1), drawn(M, N, seed=2)
+    wanted, sums = linear._gradient_product(grad.double(), weight.double(), slope.double(), sign)
+    found, found_sums = linear._gradient_product(grad.cuda(), weight.cuda(), slope.cuda(), sign)
     assert error(found, wanted) < 5e-3
-    assert error(found_sums, wanted.sum(0)) < 1e-3
-    if act != "relu":
-        assert error(found_hidden, hidden) < 5e-3
+    assert error(found_sums, sums) < 1e-3
 
 
 def test_a_weights_gradient_is_not_rounded():
@@ -77,9 +92,10 @@ def test_a_weights_gradient_is_not_rounded():
     assert error(found, grad.double().t() @ x.double()) < 1e-5
 
 
-@pytest.mark.parametrize("used", [50304, 50257])
-def test_softmax_gradient(used):
-    logits = 4 * drawn(20, 50304)
+@pytest.mark.parametrize("size", [4, 1e9])
+@pytest.mark.parametrize(("V", "used"), [(50304, 50304), (50304, 50257), (512, 500), (8192, 8192)])
+def test_softmax_gradient(V, used, size):
+    logits = size * drawn(20, V)
     targets = torch.randint(0, used, (20,), generator=torch.Generator().manual_seed(0))
     targets[3] = IGNORED
     logits[7, 100] = float("nan")
@@ -88,6 +104,7 @@ def test_softmax_gradient(used):
     wanted = loss.softmax_gradient_(logits, targets, used)
     torch.testing.assert_close(losses.cpu(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(found.cpu(), logits, rtol=1e-2, atol=1e-6, equal_nan=True)
+    assert (found[3] == 0).all()
 
 
 def test_the_loss_over_several_chunks(monkeypatch):
@@ -106,7 +123,7 @@ def test_the_loss_over_several_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("norm", "act"), [("none", "relu"), ("layernorm", "gelu_tanh")])
+@pytest.mark.parametrize(("norm", "act"), [("none", "relu"), ("layernorm", "gelu_tanh"), ("none", "gelu")])
 def test_gradients_of_a_model_are_as_near_to_the_exact_ones_as_the_plain_paths(norm, act, compiled):
     config = ModelConfig(norm=norm, act=act, n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=4096)
     idx = torch.randint(0, 4096, (16, 128), device="cuda", generator=torch.Generator("cuda").manual_seed(0))

@@ -53,5 +53,6 @@ def test_a_compiled_step_in_bf16_stays_within_what_compiling_otherwise_changes(n
     blocks, recorded = ((g - grad).norm() / grad.norm() for g in (grad_2, grad_3))
     print(f"{norm}: loss {loss:.6f}, blocks {loss_2 - loss:.1e}, recorded {loss_3 - loss:.1e}")
     print(f"{norm}: gradients relative to their norm: blocks {blocks:.1e}, recorded {recorded:.1e}")
-    assert abs(loss_3 - loss) <= abs(loss_2 - loss) + 1e-6 * abs(loss)
+    # A loss in float32 of logits in bfloat16, which round by 4e-3 of themselves: the mean over 2048 of them moves less.
+    assert abs(loss_3 - loss) <= abs(loss_2 - loss) + 1e-5 * abs(loss)
     assert recorded <= 1.5 * blocks + 1e-6
