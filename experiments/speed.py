@@ -19,7 +19,8 @@ Cases: 512x128 and 64x1024 (GPT-2 124M, all models); pythia-128 (Pythia-70M, 512
 Trainer, on an idle machine.
 
 MFU, model FLOPs utilisation: (6 N + 12 L C T) tokens/s / rate, N = 12 L C^2 + V C, attention counted in full, not
-causal; the rate is that of an 8192^3 bf16 matrix product in the same process, one turn a round. GiB: what a model keeps
+causal; the rate is that of an 8192^3 bf16 matrix product in the same process, 20 of them a round. That is over before
+the card meets its power limit, under which a step runs: beside it stands the rate over 800, as long as a turn. GiB: what a model keeps
 (weights, moments) and the most that its turn adds, without the other models of the process.
 """
 
@@ -114,10 +115,12 @@ def measure(case: str, names: list[str], rounds: int, parts: list[int], late: La
         entrants[name], models[name] = build(case, name, corpus, parts, late)
     row: dict[str, Any] = {"case": case, "batch": CASES[case][0], "T": CASES[case][1], "models": models}
     row |= {"flops_per_token": flops_per_token(configuration(case, "ln").model, row["T"]), "rates": [], "kernels": {}}
+    row["sustained_rates"] = []
     for r in range(rounds):
         if r and late():
             break
         row["rates"].append(matrix_rate())
+        row["sustained_rates"].append(matrix_rate(repeats=800))
         for name in names if r % 2 == 0 else reversed(names):
             models[name]["turns_ms"].append(milliseconds(entrants[name]))
         shown = ", ".join(f"{name} {models[name]['turns_ms'][-1]:.2f}" for name in names)

@@ -155,6 +155,13 @@ def other_limits(row: dict[str, Any]) -> Iterator[str]:
         if most is not None and "gib" in model:
             met = verdict(model["gib"] <= most)
             yield f"{case:10}  {LABELS[name]}: {model['gib']:.1f} GiB, wanted <= {most:g}: {met}"
+    if row.get("sustained_rates"):
+        rate, sustained = (median(row[key]) / 1e12 for key in ("rates", "sustained_rates"))
+        shares = [row["models"][name]["mfu"] for name in OURS if name in row["models"]]
+        yield (
+            f"{case:10}  matrix product: {rate:.0f} TFLOP/s, which MFU is a share of; {sustained:.0f} under sustained load, "
+            f"of which ours reach {min(shares) * rate / sustained:.2f} to {max(shares) * rate / sustained:.2f}"
+        )
     fastest = min((row["models"][name]["ms"] for name in OURS if name in row["models"]), default=None)
     if fastest is not None and "data_ms" in row:
         share = row["data_ms"] / fastest

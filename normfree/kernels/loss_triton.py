@@ -62,8 +62,8 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, used: int, ignored: int) 
         _softmax_gradient[(len(logits),)](
             *(logits, targets, losses, logits.size(1), used, logits.stride(0)),
             IGNORED=ignored,
-            BLOCK=512,
-            EACH=16,
-            num_warps=16,
+            BLOCK=1024,
+            EACH=8,
+            num_warps=32,
         )
     return losses
