@@ -20,8 +20,8 @@ Trainer, on an idle machine.
 
 MFU, model FLOPs utilisation: (6 N + 12 L C T) tokens/s / rate, N = 12 L C^2 + V C, attention counted in full, not
 causal; the rate is that of an 8192^3 bf16 matrix product in the same process, 20 of them a round. That is over before
-the card meets its power limit, under which a step runs: beside it stands the rate over 800, as long as a turn. GiB: what a model keeps
-(weights, moments) and the most that its turn adds, without the other models of the process.
+the card meets its power limit, under which a step runs: beside it stands the rate over 800, as long as a turn. GiB:
+what a model keeps (weights, moments) and the most that its turn adds, without the other models of the process.
 """
 
 import argparse
@@ -103,8 +103,13 @@ def build(case: str, name: str, corpus: Corpus, parts: list[int], late: Late) ->
     return model, about | {"turns_ms": []}
 
 
-def measure(case: str, names: list[str], rounds: int, parts: list[int], late: Late) -> dict[str, Any]:
-    """One case on the GPU. `late` ends it after the round that is under way, the first one at the soonest."""
+def measure(
+    case: str, names: list[str], rounds: int, parts: list[int], late: Late, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """One case on the GPU. `late` ends it after the round that is under way, the first one at the soonest.
+
+    `keep` is given the case after each round, for a machine that may be taken away.
+    """
     # Two models of one shape share compiled graphs, unless the graph's guards ask for hooks.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.config.recompile_limit = 64  # all models of a case are variants of two functions
@@ -125,6 +130,7 @@ def measure(case: str, names: list[str], rounds: int, parts: list[int], late: La
             models[name]["turns_ms"].append(milliseconds(entrants[name]))
         shown = ", ".join(f"{name} {models[name]['turns_ms'][-1]:.2f}" for name in names)
         say(f"{case}: round {r + 1}: {shown} ms; matrix product {row['rates'][-1] / 1e12:.0f} TFLOP/s")
+        keep(row)
     for name in ("ln", "none"):
         if isinstance(model := entrants.get(name), Ours):
             row["kernels"][name] = profile(model)
@@ -184,7 +190,7 @@ def selected(case: str, only: list[str] | None) -> list[str]:
 def arguments() -> argparse.Namespace:
     default = [case for case in CASES if (case == "cpu") == (DEVICE.type == "cpu")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="FILE.json", help="written after each case")
+    parser.add_argument("--out", metavar="FILE.json", help="written after each round")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=default)
     parser.add_argument("--only", nargs="+", choices=LABELS, metavar="MODEL", help="these models; default: all")
     parser.add_argument("--rounds", type=int, default=5)
@@ -212,6 +218,10 @@ def main() -> None:
     def late() -> bool:
         return time.perf_counter() - began > 60 * options.minutes
 
+    def keep(row: dict[str, Any]) -> None:
+        summarize(row)
+        save(options.out, options, [*rows, row])
+
     for case in options.cases:
         if late():
             say(f"{case}: left out, --minutes {options.minutes:g} are over")
@@ -221,7 +231,7 @@ def main() -> None:
             row = measure_cpu(names, options.rounds, late)
         else:
             with machine.process_flags(False):
-                row = measure(case, names, options.rounds, options.parts, late)
+                row = measure(case, names, options.rounds, options.parts, late, keep)
         gc.collect()  # the models of this case
         torch.cuda.empty_cache()
         summarize(row)
