@@ -12,7 +12,7 @@ from collections.abc import Iterable
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
-def _byte_characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """The printable character that byte-level BPE writes for each byte -> the byte (GPT-2's mapping)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -30,7 +30,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    to_byte = _byte_characters()
+    to_byte = byte_characters()
     return {bytes(to_byte[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
 
 

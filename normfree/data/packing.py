@@ -88,7 +88,7 @@ def _chunk_len(data: DataConfig) -> int | None:
     return (data.seq_len or DEFAULT_SEQ_LEN) if data.chunks == "original" else None
 
 
-def _folder(data: DataConfig, source: Source) -> Path:
+def cache_folder(data: DataConfig, source: Source) -> Path:
     """The corpus's place in the cache: everything that decides the tokens, hashed, without reading the text."""
     key = [FORMAT, source.name, source.identity(), data.max_documents, tokenizer_identity(data), _chunk_len(data)]
     return _cache_dir(data) / "corpora" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -97,7 +97,7 @@ def _folder(data: DataConfig, source: Source) -> Path:
 def check(data: DataConfig) -> None:
     """Raise UserError for what is wrong with source and tokenizer and can be seen quickly. Writes nothing."""
     source = SOURCES[data.source](data)
-    if not _folder(data, source).is_dir():
+    if not cache_folder(data, source).is_dir():
         source.check()
         check_tokenizer(data)
 
@@ -105,11 +105,11 @@ def check(data: DataConfig) -> None:
 def prepare(data: DataConfig, report: Report = print) -> Corpus:
     """The corpus that `data` describes; tokenised now unless the cache has it. Raises UserError before writing."""
     source = SOURCES[data.source](data)
-    folder = _folder(data, source)
+    folder = cache_folder(data, source)
     if not folder.is_dir():
         source.check()
         check_tokenizer(data)
-        with _alone(folder, report) as temporary:
+        with alone(folder, report) as temporary:
             if not folder.is_dir():
                 _write(data, source, temporary, report)
                 temporary.rename(folder)
@@ -122,7 +122,7 @@ def prepare(data: DataConfig, report: Report = print) -> Corpus:
 
 
 @contextmanager
-def _alone(folder: Path, report: Report) -> Iterator[Path]:
+def alone(folder: Path, report: Report) -> Iterator[Path]:
     """Hold the lock of a corpus and give the name to write it under. Work that fails leaves nothing behind."""
     made = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
     temporary = folder.with_suffix(".tmp")
