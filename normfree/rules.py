@@ -58,6 +58,7 @@ RANGES = {
     "optim.beta2": (0, 1, True, False),
     "optim.eps": (0, 1, False, True),
     "optim.weight_decay": (0, 1e3, True, True),
+    "optim.decay_slopes": (0, 1e3, True, True),
     "optim.grad_clip": (0, math.inf, True, False),
     "optim.warmup_steps": (0, 10**12, True, True),
     "optim.warmup_fraction": (0, 1, True, True),

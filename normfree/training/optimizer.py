@@ -8,20 +8,20 @@ from normfree.model import Transformer
 from normfree.model.feedforward import MLP
 
 
-def decays(name: str, parameter: Tensor, config: OptimConfig) -> bool:
-    """Matrices and embeddings decay; gains and biases never do, learned slopes only as the original did."""
-    if name.endswith("act.slope"):
-        return config.decay_slopes
-    return parameter.ndim >= 2
+def decay_of(name: str, parameter: Tensor, config: OptimConfig) -> float:
+    """Matrices and embeddings decay; gains and biases never do, learned slopes where the configuration says so."""
+    if name.endswith("act.slope") and config.decay_slopes is not True:
+        return float(config.decay_slopes)
+    return config.weight_decay if parameter.ndim >= 2 or name.endswith("act.slope") else 0.0
 
 
 def decay_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Optimizer groups; a parameter that several modules share is in one of them once."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if decays(name, p, config)]
-    others = [p for name, p in named if not decays(name, p, config)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Optimizer groups, one a decay, the matrices' first; a parameter that several modules share is in one of them."""
+    groups: dict[float, list[nn.Parameter]] = {config.weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(decay_of(name, parameter, config), []).append(parameter)
+    return [{"params": found, "weight_decay": decay} for decay, found in groups.items() if found]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -45,15 +45,16 @@ def small(**settings):
 
 
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
-@pytest.mark.parametrize("decay_slopes", [False, True])
+@pytest.mark.parametrize("decay_slopes", [False, True, 0.02])
 def test_decay_groups(scope, decay_slopes):
     model = small(act="learnable_leaky_relu", act_scope=scope)
     groups = decay_groups(model, OptimConfig(weight_decay=0.3, decay_slopes=decay_slopes))
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        expected = decay_slopes if "slope" in name else name.endswith(".weight") and "norm" not in name
-        assert decay[id(p)] == (0.3 if expected else 0.0), name
+        matrices = 0.3 if name.endswith(".weight") and "norm" not in name else 0.0
+        slopes = 0.3 if decay_slopes is True else decay_slopes
+        assert decay[id(p)] == (slopes if "slope" in name else matrices), name
 
 
 def test_the_norm_and_clipping():

@@ -1,0 +1,189 @@
+"""One process of experiments/relu_revival.py: trains cells by `run.py`'s own main, evaluates them, keeps the results.
+
+    PYTHONPATH=experiments python -m revival.cell TASKS.json
+
+TASKS.json: {"out", "scale", "runs", "keep", "commit", "cells": [...]}, written by run.py beside this. A result is
+appended as soon as its cell is done, so that a process that is killed loses only the one it is at.
+
+Lost, as fixed before the runs: the probe's forward pass is not finite at ten of its passes in a row, or the final
+validation loss is above the unigram entropy. Cells run under nan_policy=skip: a step whose loss or gradient is not
+finite leaves the weights as they are, and the next batch is tried. The probe passes every ten steps, so that ten in a
+row that are not finite span as many attempts as the trainer takes to give a run up (100 bad steps in a row); a run that
+it gave up has no final loss, and is lost. Cells of rung D stop at the first bad step or go on regardless instead; the
+same rules call them lost.
+"""
+
+import gc
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from normfree.cli import main as run_main
+from normfree.data.batches import evaluation_rows
+from normfree.data.packing import Corpus, prepare
+from normfree.measure import measure_split
+from normfree.model import Transformer
+from normfree.runs import Run, load_run
+from normfree.training.checkpoint import find_checkpoint, load_model
+from normfree.training.evaluation import bytes_per_token
+from revival import records as store
+from revival.heads import cost_of_heads
+from revival.trace import account, trajectories
+
+PROBES = 10  # of the probe's passes in a row that are not finite: lost
+BATCH = 128  # sequences a forward pass
+ENDED = ("finished", "diverged")
+HELD_OUT = ("val", "val_package")
+
+
+def perform(task: dict[str, Any], runs: Path, keep: bool) -> dict[str, Any]:
+    """Train and evaluate a cell: its record. Raises SystemExit where the run came to no end."""
+    began = time.perf_counter()
+    run_dir = runs / f"{task['name'].replace('/', '_').replace(':', '_')}-{task['settings']}"
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    words = {word.partition("=")[0]: word for word in (*task["words"], *task["place"], f"run_dir={run_dir}")}
+    code = run_main(list(words.values()))
+    run = load_run(run_dir)
+    if run.status.get("status") not in ENDED:
+        raise SystemExit(f"{task['name']}: the run is {run.status.get('status')} (exit code {code})")
+    record = {name: task[name] for name in ("key", "name", "rung", "arm", "lr", "seed", "tuning", "settings", "words")}
+    record |= provenance(run) | trajectories(run)
+    if torch.cuda.is_available():
+        record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    record["train_seconds"] = round(time.perf_counter() - began, 1)
+    record |= judged(run, task)
+    record["seconds"] = round(time.perf_counter() - began, 1)
+    if not keep:
+        shutil.rmtree(run_dir)
+    return record
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What ran: shape, text, code and machine."""
+    config, status = run.config, run.status
+    T, steps = config.data.seq_len or 0, config.train.max_steps
+    model = config.model
+    shape = {"n_layer": model.n_layer, "n_head": model.n_head, "n_embd": model.n_embd, "T": T}
+    tokens = status.get("last_step", 0) * config.train.batch_size * T
+    return shape | {
+        "norm": model.norm,
+        "act": model.act,
+        "final_norm": model.final_norm,
+        "parameters": status["parameters"],
+        "steps": steps,
+        "last_step": status.get("last_step"),
+        "planned_tokens": steps * config.train.batch_size * T,
+        "tokens": tokens,
+        "fingerprint": status["corpus"]["fingerprint"],
+        "tokenizer": Path(status["corpus"]["tokenizer"]).name,
+        "precision": config.train.precision,
+        "device": status["device"],
+        "tokens_per_second": status.get("tokens_per_second"),
+        "commit": status["commit"],
+        "versions": status["versions"],
+    }
+
+
+def judged(run: Run, task: dict[str, Any]) -> dict[str, Any]:
+    """Losses, entropy and the verdict lost or finished."""
+    corpus = prepare(run.config.data, lambda text: None)
+    T, batch = run.config.data.seq_len or 0, run.config.train.batch_size
+    unique = len(corpus.tokens("train"))
+    found: dict[str, Any] = {"unique_tokens": unique}
+    found["epochs"] = round(run.config.train.max_steps * batch * T / unique, 4)
+    rows, other_rows = report_rows(corpus, "val", T, task), tuning_rows(corpus, T, task)
+    found["unigram_entropy"] = unigram_entropy(corpus, rows)
+    found["losses"] = quarters(run)
+    found["tuning_loss"] = found["losses"]["100"]
+    where = account(run, PROBES)
+    if where is None:
+        model = load_model(find_checkpoint(run.directory)).to("cuda" if torch.cuda.is_available() else "cpu")
+        found |= evaluate(model, corpus, rows, other_rows, T, task)
+        where = too_high(found)
+    if where is not None:
+        return found | {"status": "lost", "lost": where}
+    return found | {"status": "finished", "lost": None}
+
+
+def quarters(run: Run) -> dict[str, float | None]:
+    """The trainer's validation loss, on the tokens that rates are chosen by, after a quarter, half and all steps."""
+    steps, values = run.series("val/loss")
+    by_step = dict(zip(steps.tolist(), values.tolist(), strict=True))
+    last = run.config.train.max_steps
+    every = run.config.train.eval_every
+    return {"25": by_step.get(every), "50": by_step.get(2 * every), "100": by_step.get(last)}
+
+
+def too_high(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Why a run that came to its end is lost all the same."""
+    loss, limit = found["val_loss"], found["unigram_entropy"]
+    if math.isfinite(loss) and loss <= limit:
+        return None
+    return {"step": None, "why": f"final validation loss {loss:.4f} is not below the unigram entropy {limit:.4f}"}
+
+
+def report_rows(corpus: Corpus, split: str, T: int, task: dict[str, Any]) -> np.ndarray:
+    """Rows (N, T + 1) that tables report: of `val` those after the tokens that rates are chosen by; else the first."""
+    tokens = corpus.tokens(split)
+    rows = evaluation_rows(tokens, T, len(tokens), corpus.chunk_len)
+    skipped = task["tuning_tokens"] // T if split == "val" else 0
+    rows = rows[skipped : skipped + task["report_tokens"] // T]
+    if not len(rows):
+        raise SystemExit(f"{split} has {len(tokens)} tokens: none are left after the {skipped * T} that choose rates")
+    return rows
+
+
+def tuning_rows(corpus: Corpus, T: int, task: dict[str, Any]) -> np.ndarray:
+    return evaluation_rows(corpus.tokens("val"), T, task["head_sequences"] * T, corpus.chunk_len)
+
+
+def unigram_entropy(corpus: Corpus, rows: np.ndarray) -> float:
+    """Loss over `rows`, in nats, of a model that knows only how frequent each token is in train (counts + 1)."""
+    n_vocab = corpus.tokenizer.n_vocab
+    counts = np.bincount(corpus.tokens("train"), minlength=n_vocab) + 1.0
+    targets = rows[:, 1:]
+    return float(-np.log(counts / counts.sum())[targets[targets >= 0]].mean())
+
+
+def evaluate(
+    model: Transformer, corpus: Corpus, rows: np.ndarray, other_rows: np.ndarray, T: int, task: dict[str, Any]
+) -> dict[str, Any]:
+    """In fp32 whatever the run was trained in: losses on the held-out splits, entropy, what heads are worth."""
+    found: dict[str, Any] = {"evaluated_in": "fp32"}
+    for split in [name for name in HELD_OUT if name in corpus.splits]:
+        split_rows = rows if split == "val" else report_rows(corpus, split, T, task)
+        measured = measure_split(model, split_rows, BATCH)
+        nats = measured.loss
+        found[f"{split}_loss"] = nats
+        found[f"{split}_bits_per_byte"] = nats / math.log(2) / bytes_per_token(split_rows, corpus.tokenizer)
+        found[f"{split}_tokens"] = measured.tokens
+        if split == "val":
+            found["entropy"] = np.round(measured.entropy.astype(np.float64), 4)
+    if not task["tuning"] and math.isfinite(found["val_loss"]):
+        heads = cost_of_heads(model, rows[: task["head_sequences"]], other_rows, found["entropy"])
+        found["heads"] = {k: np.round(v, 5) if isinstance(v, np.ndarray) else v for k, v in heads.items()}
+    return found
+
+
+def main(argv: list[str]) -> int:
+    tasks = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    for task in tasks["cells"]:
+        record = perform(task, Path(tasks["runs"]), tasks["keep"])
+        record["commit"] = record["commit"] or tasks["commit"]
+        store.append(store.path_of(Path(tasks["out"]), tasks["scale"], task["rung"]), record)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""The figures of docs/relu-revival.md, drawn by the scripts of plotting/ from run directories made of the results."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from normfree.config import Config
+from normfree.records import RunWriter
+from normfree.runs import SITES, Run, load_run
+from plotting import common, entropy_heatmap, entropy_ranges, layerwise_entropy, learned_slopes, nan_counts
+from revival import words
+from revival.heads_table import costs
+from revival.records import Record, is_lost, numbers
+from revival.view import FOUR, View, values
+
+PUBLISHED = Path(__file__).parents[2] / "tests" / "fixtures" / "paper_heatmaps.json"
+NAMES = {"ln+gelu": "SM+LN+G", "ln+relu": "SM+LN+R", "gelu": "SM+G", "relu": "SM+R"}  # the papers' names of the arms
+WIDE = 8.2  # inches: four maps side by side
+PUBLISHED_STEPS = 32260
+
+
+def config_of(record: Record, name: str) -> Config:
+    """As much of a configuration as the figures read."""
+    config = Config(name=name, seed=record["seed"])
+    model = config.model
+    model.n_layer, model.n_head, model.n_embd = record["n_layer"], record["n_head"], record["n_embd"]
+    model.norm, model.act, model.final_norm = record["norm"], record["act"], record["final_norm"]
+    model.block_size = config.data.seq_len = record["T"]
+    slope = next((w.partition("=")[2] for w in record["words"] if w.startswith("model.act_slope=")), None)
+    model.act_slope = float(slope) if slope else model.act_slope
+    return config
+
+
+def at_the_end(record: Record, name: str, directory: Path) -> Run:
+    """A run directory with the entropy of every head at the end, measured on the tokens that are reported."""
+    writer = RunWriter(directory)
+    writer.config(config_of(record, name))
+    entropy = numbers(record["entropy"]).astype(np.float32)
+    writer.array("probe_attn_entropy", record["last_step"], entropy, ("layer", "head"), "nats")
+    writer.close()
+    return load_run(directory)
+
+
+def on_the_way(record: Record, name: str, directory: Path) -> Run:
+    """A run directory with the layers' mean entropies over steps: each layer as if it had one head."""
+    writer = RunWriter(directory)
+    writer.config(config_of(record, name))
+    for step, layers in zip(record["steps_kept"], numbers(record["layer_entropy"]), strict=True):
+        writer.array("probe_attn_entropy", step, layers[:, None].astype(np.float32), ("layer", "head"), "nats")
+    if "slopes" in record:
+        for step, slopes in zip(record["slopes"]["steps"], numbers(record["slopes"]["values"]), strict=True):
+            axes = ("layer",) if len(slopes) == record["n_layer"] else ("shared",)
+            writer.array("act_slope", step, slopes.astype(np.float32), axes, "")
+    _counts(writer, record)
+    writer.close()
+    return load_run(directory)
+
+
+def _counts(writer: RunWriter, record: Record) -> None:
+    """NaN and Inf counts, of the sites that had any."""
+    for kind in ("nan", "inf"):
+        found: Record = record.get(f"{kind}_counts") or {}
+        steps: list[int] = found.get("steps") or record["steps_kept"]
+        table = np.zeros((len(steps), len(SITES), record["n_layer"]), np.int64)
+        for site in [name for name in SITES if name in found]:
+            table[:, SITES.index(site)] = np.array(found[site])
+        for step, counts in zip(steps, table, strict=True):
+            writer.array(f"{kind}_count", step, counts, ("site", "layer"), "elements")
+
+
+def published(arm: str, directory: Path) -> Run:
+    """The published map of an arm (GPT-2 124M, CodeParrot), as a run directory."""
+    values_ = np.array(json.loads(PUBLISHED.read_text(encoding="utf-8"))["data"][NAMES[arm]], dtype=np.float32)
+    config = Config(name=f"published, GPT-2 124M: {words.arm_words(arm)}")
+    config.model.n_layer, config.model.n_head = values_.shape
+    config.model.norm, config.data.seq_len = ("layernorm" if arm.startswith("ln") else "none"), 128
+    writer = RunWriter(directory)
+    writer.config(config)
+    writer.array("attn_entropy", PUBLISHED_STEPS, values_, ("layer", "head"), "nats")
+    writer.close()
+    return load_run(directory)
+
+
+def one_of(view: View, rung: str, arm: str) -> Record | None:
+    """The run that stands for an arm in pictures: of its own best rate, the lowest seed that was not lost."""
+    kept = [record for record in view.own(rung, arm) if not is_lost(record)]
+    return kept[0] if kept else None
+
+
+def _titled(record: Record) -> str:
+    return f"{words.arm_words(record['arm'])}, rate {words.rate_name(record['lr'])}, seed {record['seed']}"
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+DPI = 150
+
+
+def draw(out: Path, plot: Callable[[Figure], object], width: float = common.WIDTHS[1]) -> Path:
+    with matplotlib.rc_context(common.STYLE | {"savefig.dpi": DPI}):
+        fig = common.figure(width)
+        plot(fig)
+        common.save(fig, out)
+    return out
+
+
+def maps(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Heat maps and ranges of the four arms with the published ones, and entropy by layer over steps."""
+    found = [(arm, record) for arm in FOUR if (record := one_of(view, rung, prefix + arm))]
+    if not found:
+        return {}
+    name = f"{view.scale}_{rung}{'_' + prefix.rstrip(':') if prefix else ''}"
+    drawn: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
+        ends = [at_the_end(record, _titled(record), base / f"end{i}") for i, (_, record) in enumerate(found)]
+        ways = [on_the_way(record, _titled(record), base / f"way{i}") for i, (_, record) in enumerate(found)]
+        theirs = [published(arm, base / f"published{i}") for i, (arm, _) in enumerate(found)]
+        same = found[0][1]["T"] == 128  # shares and ceilings of other lengths do not compare
+        both = ends + theirs if same else ends
+        drawn["maps"] = draw(folder / f"{name}_maps.png", lambda fig: entropy_heatmap.plot(both, fig), WIDE)
+        drawn["ranges"] = draw(folder / f"{name}_ranges.png", lambda fig: _ranges(fig, ends, theirs if same else []))
+        drawn["layers"] = draw(folder / f"{name}_layers.png", lambda fig: layerwise_entropy.plot(ways, fig))
+    return drawn
+
+
+def _ranges(fig: Figure, ours: Sequence[Run], theirs: Sequence[Run]) -> None:
+    """Ours above, the published bars below."""
+    parts = [runs for runs in (ours, theirs) if runs]
+    common.set_height(fig, 3.2 * len(parts))
+    for part, runs in zip(fig.subfigures(len(parts), 1, squeeze=False).ravel(), parts, strict=True):
+        entropy_ranges.plot(runs, part)
+
+
+def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
+    """Learned slopes, and NaN or Inf counts, of the runs of a rung that have them: one seed an arm."""
+    drawn: dict[str, Path] = {}
+    firsts = [view.reported(rung, arm)[0] for arm in view.arms(rung) if view.reported(rung, arm)]
+    sloped = [record for record in firsts if "slopes" in record]
+    bad = [record for record in firsts if record.get("nan_counts") or record.get("inf_counts")]
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
+        if rung == "D" and firsts:
+            ways = [on_the_way(r, _titled(r), base / f"way{i}") for i, r in enumerate(firsts)]
+            drawn["layers"] = draw(
+                folder / f"{view.scale}_{rung}_layers.png", lambda f: layerwise_entropy.plot(ways, f)
+            )
+        if sloped:
+            runs = [on_the_way(r, f"{r['arm']}, seed {r['seed']}", base / f"slope{i}") for i, r in enumerate(sloped)]
+            drawn["slopes"] = draw(folder / f"{view.scale}_{rung}_slopes.png", lambda f: learned_slopes.plot(runs, f))
+        if bad:
+            kind = "nan" if any(r.get("nan_counts") for r in bad) else "inf"
+            counted = [on_the_way(r, _titled(r), base / f"bad{i}") for i, r in enumerate(bad)]
+            site = "attn_probs" if any("attn_probs" in r.get("nan_counts", {}) for r in bad) else "block"
+            drawn["nan"] = draw(
+                folder / f"{view.scale}_{rung}_nan.png",
+                lambda f: nan_counts.plot(counted, f, kind=kind, site=site if kind == "nan" else "mlp"),
+            )
+    return drawn
+
+
+def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
+    """The tuning runs: one line an arm; a lost run is a cross at the top."""
+    tried = {arm: found for arm in view.arms(rung) if (found := view.tuning(rung, arm))}
+    if not tried:
+        return {}
+
+    def plot(fig: Figure) -> None:
+        common.set_height(fig, 3.2 + 0.14 * len(tried))
+        ax = fig.subplots()
+        finite = [loss for found in tried.values() for loss in found.values() if math.isfinite(loss)]
+        top = max(finite, default=1.0) + 0.06 * (max(finite, default=1.0) - min(finite, default=0.0) or 1.0)
+        for i, (arm, found) in enumerate(tried.items()):
+            colour = common.COLOURS[i % len(common.COLOURS)]
+            kept = {lr: loss for lr, loss in found.items() if math.isfinite(loss)}
+            style = {"color": colour, "linestyle": common.line_style(i), "marker": "o", "ms": 3}
+            ax.plot(list(kept), list(kept.values()), label=words.arm_words(arm), **style)
+            gone = [lr * 1.03**i for lr in found if lr not in kept]  # side by side
+            ax.plot(gone, [top] * len(gone), "x", color=colour, ms=6, mew=1.6)
+        ax.plot([], [], "x", color=common.GREY, ms=6, mew=1.6, label="lost at this rate")
+        ax.set_xscale("log")
+        ladder = sorted({lr for found in tried.values() for lr in found})
+        ax.set_xticks(ladder, [words.rate_name(lr) for lr in ladder])
+        ax.minorticks_off()
+        ax.set_xlabel("Peak learning rate")
+        ax.set_ylabel("Validation loss (nats per token)")
+        fig.legend(loc="outside lower left", ncols=2)
+
+    return {"rates": draw(folder / f"{view.scale}_{rung}_rates.png", plot)}
+
+
+def seeds(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Every seed's loss at each arm's own rate; a lost run is a cross at the top."""
+    found = {arm: view.own(rung, arm) for arm in view.arms(rung) if view.own(rung, arm)}
+    found = {arm: records for arm, records in found.items() if arm.startswith(prefix)}
+    if not any(values(records) for records in found.values()):
+        return {}
+
+    def plot(fig: Figure) -> None:
+        common.set_height(fig, 0.9 + 0.26 * len(found))
+        ax = fig.subplots()
+        worst = max(loss for records in found.values() for loss in values(records).values())
+        for i, records in enumerate(found.values()):
+            kept = list(values(records).values())
+            gone = sum(map(is_lost, records))
+            ax.plot(kept, [i] * len(kept), "o", color=common.COLOURS[0], ms=4, alpha=0.6)
+            ax.plot([worst * 1.01 + 0.002 * worst * j for j in range(gone)], [i] * gone, "x", color=common.COLOURS[1])
+        ax.set_yticks(range(len(found)), [words.arm_words(arm) for arm in found])
+        ax.invert_yaxis()
+        ax.set_xlabel("Validation loss (nats per token): a point a seed, a cross a lost run")
+
+    return {"seeds": draw(folder / f"{view.scale}_{rung}_seeds.png", plot)}
+
+
+def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
+    """Cost of replacing a head's attention by uniform attention, against the head's level; all seeds of an arm."""
+    found = {}
+    for arm in view.arms(rung):
+        records = [r for r in view.own(rung, arm) if not is_lost(r) and r.get("heads")]
+        if records:
+            found[arm] = costs(records)
+    if not found:
+        return {}
+
+    def plot(fig: Figure) -> None:
+        columns = min(4, len(found))
+        lines = -(-len(found) // columns)
+        common.set_height(fig, 0.6 + 1.7 * lines)
+        axes = common.grid(fig, len(found), columns)
+        for i, (ax, (arm, cost)) in enumerate(zip(axes, found.items(), strict=True)):
+            ax.axvspan(0.75, 1, color="0.94", zorder=0)
+            ax.axhline(0, color="k", linewidth=0.6, zorder=0)
+            for kind, colour in (("mean", common.COLOURS[1]), ("uniform", common.COLOURS[0])):
+                ax.plot(cost.level, getattr(cost, kind), "o", ms=2, color=colour, alpha=0.6, label=kind)
+            ax.set_yscale("symlog", linthresh=1e-3)
+            ax.set_xlim(0, 1)
+            ax.set_title(common.wrapped(words.arm_words(arm), 6.75 / columns - 0.4))
+            if i % columns == 0:
+                ax.set_ylabel("Change of loss (nats)")
+            if i:
+                ax.sharey(axes[0])
+            ax.set_xlabel("Head's level")
+        fig.legend(handles=axes[0].get_lines()[-2:], loc="outside lower right", ncols=2)
+
+    return {"heads": draw(folder / f"{view.scale}_{rung}_heads.png", plot)}

@@ -1,0 +1,65 @@
+"""Where the text of a scale is on this machine, and its fingerprint: without it no result can be told from another."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from normfree.config import DataConfig
+from normfree.data.packing import prepare
+from normfree.errors import EXIT_CONFIG, EXIT_DATA, UserError
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+TOKENIZER = "code32k.json"  # in CORPUS
+
+
+@dataclass(frozen=True)
+class Place:
+    """`words`: the settings that name the text on this machine; they are in no result."""
+
+    words: tuple[str, ...]
+    fingerprint: str | None
+
+
+def corpus_facts() -> dict:
+    """What experiments/revival_corpus.py committed of the fixed corpus: at least its fingerprint."""
+    path = CORPUS / "corpus.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(facts["fingerprint"], str)
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"{path} does not say which corpus the study is made on: {error!r}", EXIT_DATA) from error
+    return facts
+
+
+def find(scale: str, corpus: Path | None) -> Place:
+    """Prepare the text of a scale; what the first cell would do otherwise, while others wait for it."""
+    if scale == "smoke":
+        prepared = prepare(DataConfig(source="python_stdlib", tokenizer="bytes"), _say)
+        return Place((), prepared.fingerprint)
+    if scale == "full":
+        config = DataConfig(source="codeparrot", tokenizer="trained", vocab_size=50000, seq_len=128)
+        config.chunks, config.max_documents = "original", 600000
+        config.path = str(corpus.resolve()) if corpus else None
+        prepared = prepare(config, _say)
+        path = (f"data.path={corpus.resolve()}",) if corpus else ()
+        return Place((*path, f"data.fingerprint={prepared.fingerprint}"), prepared.fingerprint)
+    if corpus is None:
+        raise UserError(
+            "--scale short needs --corpus DIR: the folder that python experiments/revival_corpus.py made.", EXIT_CONFIG
+        )
+    fingerprint, tokenizer = corpus_facts()["fingerprint"], CORPUS / TOKENIZER
+    prepare(
+        DataConfig(source="files", path=str(corpus.resolve()), tokenizer=str(tokenizer), fingerprint=fingerprint), _say
+    )
+    words = (f"data.path={corpus.resolve()}", f"data.tokenizer={tokenizer}", f"data.fingerprint={fingerprint}")
+    return Place(words, fingerprint)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def known_fingerprint(scale: str) -> str | None:
+    """Of the text that results of a scale are on, without preparing it; None where that cannot be known."""
+    return corpus_facts()["fingerprint"] if scale == "short" and (CORPUS / "corpus.json").exists() else None

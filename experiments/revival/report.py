@@ -1,0 +1,208 @@
+"""docs/relu-revival.md and its figures, from whatever part of the results is there. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from normfree.records import write_atomically
+from revival import figures, tables, words
+from revival.plan import plan
+from revival.study import Results
+from revival.verdicts import QUESTIONS
+from revival.view import SCALES, View, views
+
+TITLES = {
+    "A": "A. Four arms at tuned rates, Pythia-70M's dimensions",
+    "B": "B. Mechanism: is it the scale of the input?",
+    "C": "C. Four arms, GPT-2 124M",
+    "D": "D. The softmax-only model",
+    "E": "E. Learned slopes",
+    "F": "F. The final norm, and the original's deviations one at a time",
+    "G": "G. T = 256",
+}
+PREFIXED = {"A": ("",), "C": ("faithful:", "tuned:"), "G": ("t256:",)}  # rungs with four arms to draw
+INTRO = """# ReLU's Revival, reproduced
+
+This page is written by `python experiments/relu_revival.py --report` from the results in
+`experiments/results/relu_revival/`: every number and every verdict is computed, none is typed.
+
+**Question.** "ReLU's Revival" (arXiv:2410.09637) reports that without LayerNorm GPT-2 and Pythia reach a lower
+perplexity with ReLU than with GELU, while with LayerNorm it is the other way round, and that norm-free GELU leaves most
+early heads at their largest possible entropy ("entropic overload"). Its code has one seed, no Pythia, and bugs that may
+move the result. Does it hold, at tuned rates, over seeds, and why?
+"""
+METHOD = """## Method, fixed before the runs
+
+- **Unit** is the seed, which governs initial weights and data order: arms of one seed share both. Differences are
+  paired, in nats of validation loss, with 95 % t intervals and every seed's point. A verdict needs 5 seeds; below it is
+  called preliminary.
+- **Lost** is a run whose probe (fixed validation sequences) has a forward pass that is not finite ten times in a row,
+  or whose final validation loss is above the unigram entropy. Bad steps are left out (`nan_policy=skip`); a run that
+  the trainer gives up after 100 of them in a row is lost. Every table says how many of how many were lost, with the
+  exact 95 % interval (Clopper and Pearson) in brackets; means are of the others.
+- **Rates** are chosen for each arm on seed 101, which is reported nowhere, by the loss on the first tokens of `val`.
+  The optimum must be interior: a ladder whose best rate is at its end gets one more. Losses at 25, 50 and 100 % of the
+  run are the trainer's own, on those same tokens; all other losses are on tokens of `val` that come after them and on
+  `val_package` (packages held out whole), in fp32 whatever a run was trained in.
+- **Overloaded** is a head whose mean entropy is at least three quarters of its ceiling, ln(T!)/T.
+- **Heads' worth**: each head's attention is replaced by uniform causal attention, and by its own mean over other
+  sequences; values and all other heads stay.
+
+**What differs from the papers.** Far fewer tokens (beside each number), of the Python source of a fixed list of
+packages (`experiments/corpus`) in a vocabulary of 32,768; a warm-up of a quarter of the run and a rate chosen for each
+arm, where not said otherwise (`faithful` keeps the published schedule); bf16 instead of fp16; no dropout in Pythia; the
+final norm kept, as in the authors' code. Everything else is the recipe of their code (`conf/experiment/paper_*.yaml`):
+65,536 tokens a step, AdamW (.9, .999), decay .1, clip 1, linear decay. **A perplexity here is of another text in
+another vocabulary than CodeParrot's, and says nothing beside the published ones**; differences in nats and bits a byte
+are what can be looked at.
+"""
+COMMANDS = """## Commands
+
+```
+python experiments/revival_corpus.py --out DIR                     # the fixed corpus
+python experiments/relu_revival.py --scale smoke                   # the machinery, on a CPU, in a minute
+python experiments/relu_revival.py --scale short --corpus DIR      # the study; --cells A B/gelu* and --budget-minutes M
+python experiments/relu_revival.py --scale short --dry-run         # what is left, and how long it takes
+python experiments/relu_revival.py --scale full                    # the published recipe on CodeParrot
+python experiments/relu_revival.py --report                        # this page
+```
+"""
+
+
+class Named(Results):
+    """Results by name alone: what was trained under a cell's name, whatever its settings were."""
+
+    def __init__(self, view: View | None) -> None:
+        records = view.records if view else ()
+        named = [record | {"key": record["name"]} for record in records]
+        super().__init__(named, view.fingerprint if view else None)
+
+    def key(self, cell) -> str:  # type: ignore[no-untyped-def]
+        return cell.name
+
+
+def write(out: Path, docs: Path) -> Path:
+    """Draw the figures and write the page; returns its path."""
+    folder = docs / "figures" / "relu_revival"
+    found = views(out)
+    lines = [INTRO, *_answers(found), METHOD]
+    for view in found:
+        lines += _scale(view, folder, docs)
+    lines += [*_not_run(found), COMMANDS]
+    path = docs / "relu-revival.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _studies(found: Sequence[View]) -> list[View]:
+    """Scale smoke shows that the machinery runs; nothing follows from it."""
+    return [view for view in found if view.scale != "smoke"]
+
+
+def _answers(found: Sequence[View]) -> list[str]:
+    lines = ["## Answers", ""]
+    if not _studies(found):
+        return [*lines, "Not run: there is no result of scale short or full yet.", ""]
+    for view in _studies(found):
+        lines += [f"Scale {view.scale}, corpus `{view.fingerprint[:12]}`.", ""]
+        for question, answer in QUESTIONS.items():
+            lines += [f"**{question}**", "", *(f"- {line}" for line in answer(view)), ""]
+    return lines
+
+
+def _scale(view: View, folder: Path, docs: Path) -> list[str]:
+    lines = [f"## Results: scale {view.scale}, corpus `{view.fingerprint[:12]}`", "", _provenance(view), ""]
+    if view.scale == "smoke":
+        lines += [
+            "Little models and a few steps: a check that the machinery runs. **Nothing follows from these numbers.**",
+            "",
+        ]
+    for rung in view.rungs():
+        lines += [f"### {TITLES[rung]}", "", *_rung(view, rung), *_figures(view, rung, folder, docs)]
+    return lines
+
+
+def _provenance(view: View) -> str:
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(record[name] or "unknown") for record in view.records))
+
+    torch = ", ".join(dict.fromkeys(record["versions"]["torch"] for record in view.records))
+    hours = sum(record["seconds"] for record in view.records) / 3600
+    ran = f"{len(view.records)} cells, {hours:.1f} hours of {all_of('device')}; PyTorch {torch}"
+    return f"{ran}; {all_of('precision')}; tokenizer {all_of('tokenizer')}; commits {all_of('commit')}."
+
+
+def _rung(view: View, rung: str) -> list[str]:
+    parts = [("At each arm's own rate:", tables.results(view, rung))]
+    common = view.common_rate(rung)
+    if common is not None:
+        title = f"At the common rate, {words.rate_name(common)} (lowest sum over arms, none lost):"
+        parts.append((title, tables.results(view, rung, common)))
+    parts += [
+        ("Paired differences:", tables.differences(view, rung)),
+        ("Loss against peak rate, seed 101, on the tokens that choose rates:", tables.rates(view, rung)),
+        ("Inside:", tables.mechanism(view, rung) if rung in "AB" else []),
+        ("What replacing heads' attention costs (nats):", tables.heads(view, rung)),
+        ("", tables.lost_runs(view, rung)),
+    ]
+    lines: list[str] = []
+    for title, table in parts:
+        if table:
+            lines += [*([title, ""] if title else []), *table, ""]
+    accounts = [r for r in view.reported(rung, "stopped:identity") if (r["lost"] or {}).get("account")]
+    if accounts:
+        lines += [
+            "The flight recorder's account of the first of them:",
+            "",
+            "```",
+            accounts[0]["lost"]["account"].rstrip(),
+        ]
+        lines += ["```", ""]
+    return lines
+
+
+def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
+    """The pictures of a rung, drawn now."""
+    drawn: list[tuple[str, Path]] = []
+    for name, path in figures.loss_against_rate(view, rung, folder).items():
+        drawn.append((_caption(name), path))
+    for prefix in PREFIXED.get(rung, ()):
+        for name, path in figures.maps(view, rung, folder, prefix).items():
+            drawn.append((_caption(name) + (f" ({prefix.rstrip(':')})" if prefix else ""), path))
+    for draw in (figures.seeds, figures.heads, figures.trajectories):
+        drawn += [(_caption(name), path) for name, path in draw(view, rung, folder).items()]
+    return [line for words_, path in drawn for line in (f"![{words_}]({path.relative_to(docs).as_posix()})", "")]
+
+
+def _caption(name: str) -> str:
+    return {
+        "rates": "Loss against peak learning rate; lost runs are crosses",
+        "maps": "Entropy of every head at the end, with the published maps (GPT-2 124M, 2.1 billion tokens)",
+        "ranges": "Share of heads in each quarter of the ceiling, with the published bars",
+        "layers": "Entropy by layer over steps",
+        "seeds": "Every seed's loss at its arm's own rate",
+        "heads": "Change of loss when a head's attention is replaced, against the head's level",
+        "slopes": "Learned slopes over steps",
+        "nan": "NaN or Inf over steps",
+    }[name]
+
+
+def _not_run(found: Sequence[View]) -> list[str]:
+    """What the ladder still asks for, by name."""
+    lines = ["## Not run", ""]
+    for scale in SCALES:
+        if scale == "smoke":
+            continue
+        newest = [view for view in found if view.scale == scale]
+        rest = plan(scale, Named(newest[-1] if newest else None))
+        cells = [cell for cell in rest.cells if not cell.tuning]
+        for rung in dict.fromkeys(cell.rung for cell in rest.cells):
+            names = dict.fromkeys(f"{c.arm.name} at {words.rate_name(c.lr)}" for c in cells if c.rung == rung)
+            tuning = sum(cell.tuning for cell in rest.cells if cell.rung == rung)
+            n = sum(cell.rung == rung for cell in cells)
+            text = f"{n} runs ({'; '.join(names)})" if names else ""
+            parts = [text, f"{tuning} runs that choose rates" if tuning else ""]
+            lines.append(f"- {scale}, rung {rung}: {' and '.join(part for part in parts if part)}")
+        lines += [f"- {scale}, rung {w.rung}: about {w.cells} runs; {w.why}" for w in rest.waiting]
+        lines += [f"- {scale}: needs the setting `{key}`: {', '.join(names)}" for key, names in rest.impossible.items()]
+    return [*lines, ""]

@@ -1,0 +1,102 @@
+"""What rungs are made of: results by cell, arms with the rates they are tried at, and what is next for them.
+
+Cells that are done are yielded again; `plan` leaves them out.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from revival.cells import SEEDS, TUNING_SEED, Arm, Cell, Recipe, key
+from revival.records import Record, is_lost
+from revival.tuning import best_rate, common_rate, rates_to_try
+
+
+class Results:
+    """What has been trained, by cell: on this corpus, with exactly these settings."""
+
+    def __init__(self, records: Sequence[Record], fingerprint: str | None, seeds: Sequence[int] = SEEDS) -> None:
+        self.fingerprint = fingerprint
+        self.seeds = tuple(seeds)  # those that are wanted
+        self._by_key = {record["key"]: record for record in records}
+        self._rates = {record["lr"] for record in records if record["tuning"]}
+
+    def key(self, cell: Cell) -> str:
+        return key(cell.settings, cell.seed, self.fingerprint)
+
+    def of(self, cell: Cell) -> Record | None:
+        return self._by_key.get(self.key(cell))
+
+    def tuning(self, study: "Study") -> dict[float, float]:
+        """Rate -> loss on the tokens that rates are chosen by; infinite where the run was lost."""
+        found = {lr: self.of(study.cell(lr, TUNING_SEED)) for lr in sorted(self._rates)}
+        return {lr: math.inf if is_lost(r) else float(r["tuning_loss"]) for lr, r in found.items() if r is not None}
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Cells that will follow once something is known."""
+
+    rung: str
+    why: str
+    cells: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """An arm of a rung, and the rates it is tried at."""
+
+    rung: str
+    arm: Arm
+    recipe: Recipe
+    ladder: tuple[float, ...]
+
+    def cell(self, lr: float, seed: int) -> Cell:
+        return Cell(self.rung, self.arm, self.recipe, lr, seed)
+
+
+Steps = Iterator[Cell | Waiting]
+
+# -- what rungs are made of --------------------------------------------------------------------------------------------
+
+
+def chosen(study: Study, results: Results) -> float | None:
+    """The arm's own best rate, once its optimum is settled."""
+    losses = results.tuning(study)
+    return None if rates_to_try(study.ladder, losses) else best_rate(losses)
+
+
+def tuned(studies: Sequence[Study], results: Results, common: bool = False) -> Steps:
+    """Rates first, arm by arm in turns; then every seed at each arm's own best, then at the common rate."""
+    wanted = [[s.cell(lr, TUNING_SEED) for lr in rates_to_try(s.ladder, results.tuning(s))] for s in studies]
+    yield from (cell for turn in zip_longest(*wanted) for cell in turn if cell is not None)
+    best = {s.arm.name: chosen(s, results) for s in studies}
+    for seed in results.seeds:
+        yield from (s.cell(lr, seed) for s in studies if (lr := best[s.arm.name]) is not None)
+    unsettled = [s for s, cells in zip(studies, wanted, strict=True) if cells]
+    if unsettled:
+        yield later(unsettled, results, "at their own best rates, once chosen")
+    if unsettled and common:
+        yield later(studies, results, "at the common rate (less where it is an arm's own)")
+    elif common and (lr := common_rate([results.tuning(s) for s in studies])) is not None:
+        for seed in results.seeds:
+            yield from (s.cell(lr, seed) for s in studies)
+
+
+def later(studies: Sequence[Study], results: Results, why: str) -> Waiting:
+    n, why = len(results.seeds), f"{_names(studies)}: {why}"
+    return Waiting(studies[0].rung, why, n * len(studies), n * sum(s.recipe.seconds for s in studies))
+
+
+def _names(studies: Sequence[Study]) -> str:
+    return ", ".join(s.arm.name for s in studies)
+
+
+def fixed(studies: Sequence[tuple[Study, float | None]], results: Results) -> Steps:
+    """Every seed at a rate that is given; None: it is still to be chosen on another rung."""
+    for seed in results.seeds:
+        yield from (study.cell(lr, seed) for study, lr in studies if lr is not None)
+    if open_ := [study for study, lr in studies if lr is None]:
+        yield later(open_, results, "at rates that rung A is still choosing")

@@ -1,0 +1,80 @@
+"""Numbers and arms as the page says them."""
+
+from collections.abc import Mapping, Sequence
+
+from plotting.seeds import mean_interval
+from revival.records import Record
+from revival.statistics import Difference, binomial_interval
+from revival.tuning import rate_name as rate_name  # every module of the page says words.rate_name
+from revival.view import lost
+
+DASH = "-"
+MINUS = "\u2212"
+WORDS = {
+    "gelu": "GELU",
+    "relu": "ReLU",
+    "ln+gelu": "LayerNorm + GELU",
+    "ln+relu": "LayerNorm + ReLU",
+    "identity": "no activation",
+}
+
+
+def arm_words(arm: str) -> str:
+    """`ln+gelu+embed50` -> LayerNorm + GELU, embeddings x 50."""
+    prefix, _, rest = arm.rpartition(":")
+    name = next((known for known in sorted(WORDS, key=len, reverse=True) if rest.startswith(known)), None)
+    if name is None or prefix.startswith(("global", "per_layer")):
+        return arm
+    extra = rest.removeprefix(name)
+    for short, long in (
+        ("+embed", ", embeddings x "),
+        ("+beta", ", input of the activation x "),
+        ("-ffbias", ", no feed-forward biases"),
+        ("+depth", ", depth-scaled initial values"),
+        ("-finalnorm", ", no final norm"),
+        ("+dropout", ", embedding dropout .1"),
+        ("+fp16", ", fp16"),
+    ):
+        extra = extra.replace(short, long)
+    return WORDS[name] + extra
+
+
+def signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def interval(difference: Difference | None, digits: int = 4) -> str:
+    """-0.0123 ± 0.0045 (n = 5)"""
+    if difference is None:
+        return DASH
+    half = "" if difference.half is None else f" ± {difference.half:.{digits}f}"
+    return f"{signed(difference.mean, digits)}{half} (n = {difference.n})"
+
+
+def mean(samples: Mapping[int, float], digits: int = 4, factor: float = 1.0) -> str:
+    """Mean and half width of the 95 % t interval."""
+    if not samples:
+        return DASH
+    middle, half = mean_interval([factor * value for value in samples.values()])
+    return f"{middle:.{digits}f}".replace("-", MINUS) + (f" ± {half:.{digits}f}" if len(samples) > 1 else "")
+
+
+def lost_words(records: Sequence[Record]) -> str:
+    """1 of 5 (1 to 72 %): how many were lost, with the exact 95 % interval."""
+    k, n = lost(records)
+    if not n:
+        return "not run"
+    low, high = binomial_interval(k, n)
+    return f"{k} of {n} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def millions(tokens: float) -> str:
+    if tokens >= 1e9:
+        return f"{tokens / 1e9:.2f} billion"
+    return f"{tokens / 1e6:.1f} million" if tokens >= 1e6 else f"{tokens:,.0f}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
