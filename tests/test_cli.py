@@ -1,6 +1,7 @@
 """The command: what it refuses, what it writes, and that a sweep survives its worst jobs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 
 from normfree import cli
 from normfree.config import Config, flat_keys, resolve
+from normfree.data.sources import PythonEnvironment
 from normfree.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_INTERRUPTED
 from normfree.rules import validate
 from normfree.runs import load_run
@@ -223,7 +225,11 @@ def test_every_file_composes_to_valid_settings(composed, group, name):
 
 
 @pytest.mark.parametrize("source", ["python_stdlib", "python_environment"])
-def test_the_built_in_texts_train(source, monkeypatch):
+def test_the_built_in_texts_train(source, monkeypatch, tmp_path):
+    packages = PythonEnvironment(Config().data)._roots()
+    (site,) = [root for root in packages if (root / "hydra").is_dir()]  # this environment; to read it all takes long
+    shutil.copytree(site / "hydra", tmp_path / "few" / "hydra")
+    monkeypatch.setattr(PythonEnvironment, "_roots", lambda self: [tmp_path / "few"])
     monkeypatch.setattr(sys, "argv", ["run.py"])
     words = ["data.tokenizer=bytes", "data.max_documents=40", *SMALL, "train.max_steps=1"]
     assert cli.main([f"data={source}", *words]) == 0
