@@ -163,3 +163,10 @@ def test_without_a_rate_there_is_no_utilisation(report: ModuleType) -> None:
     assert "1.200  >= 1.30 MISSED" in said
     assert "20,480" in said
     assert "MFU 0" not in said
+
+
+def test_the_rate_that_the_card_sustains_stands_beside(report: ModuleType) -> None:
+    made = row(report, none=[100.0]) | {"sustained_rates": [600e12, 660e12, 661e12]}
+    (line,) = [line for line in lines(report, made) if "sustained" in line]
+    share = made["models"]["none"]["mfu"] * 790 / 660
+    assert f"790 TFLOP/s, of which MFU is a share; 660 sustained, of which ours are {share:.3f}" in line
