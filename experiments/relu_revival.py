@@ -13,6 +13,7 @@ trained again; an interrupted or failed one is, by the same command. DIR is what
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--corpus", type=Path, metavar="DIR", help="the text of scale short; of full, a local copy")
     p.add_argument("--cells", nargs="+", default=[], metavar="CELL", help="rungs or cells, * allowed (default: all)")
     p.add_argument("--seeds", type=int, metavar="N", help="seeds of a reported number (default: 5; smoke: 1)")
-    p.add_argument("--budget-minutes", type=float, metavar="M", help="begin no cell that would end later")
+    p.add_argument(
+        "--budget-minutes", type=float, metavar="M", help="begin no cell that would end later; counted from the start"
+    )
     p.add_argument(
         "--gpus", default="auto", metavar="LIST", help="one worker each: auto (all), none (the CPU), 0,1 or 0,0,1,1"
     )
@@ -55,10 +58,12 @@ def wanted_seeds(a: argparse.Namespace) -> tuple[int, ...]:
     return tuple(range(1, n + 1))
 
 
-def train(a: argparse.Namespace) -> int:
+def train(a: argparse.Namespace, began: float) -> int:
+    """Train what can be trained; `began`: the command, by the monotonic clock, from which the budget counts."""
     from revival import run as running
 
-    place = place_of.find(a.scale, a.corpus)
+    wanted = plan(a.scale, Results([], None, wanted_seeds(a)), a.cells).cells if a.scale == "full" else ()
+    place = place_of.find(a.scale, a.corpus, wanted)
     gpus = running.visible_gpus() if a.gpus == "auto" else tuple(g for g in a.gpus.split(",") if g and g != "none")
     with tempfile.TemporaryDirectory(prefix="relu_revival-") as temporary:
         runs = a.runs or Path(temporary)
@@ -70,6 +75,7 @@ def train(a: argparse.Namespace) -> int:
             seconds=float("inf") if a.budget_minutes is None else 60 * a.budget_minutes,
             gpus=gpus,
             together=a.together or (100 if a.scale == "smoke" else 1),
+            began=began,
         )
         return running.run(options)
 
@@ -97,6 +103,7 @@ def print_totals(found: Plan) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     a = arguments(argv)
     try:
         if a.merge:
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(report.write(a.out, a.docs))
             return EXIT_OK
-        return dry_run(a) if a.dry_run else train(a)
+        return dry_run(a) if a.dry_run else train(a, began)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

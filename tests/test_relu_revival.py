@@ -2,15 +2,16 @@
 
 import json
 import math
-import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fixtures.make_results as made
 import numpy as np
 import pytest
 import relu_revival
-from revival import cells, report, rungs, study, tuning
+from revival import cells, place, report, rungs, study, tuning
 from revival import records as store
 from revival import run as running
 from revival.place import Place
@@ -18,7 +19,7 @@ from revival.plan import plan
 from revival.statistics import binomial_interval, difference, paired
 from revival.view import View
 
-from normfree.config import OptimConfig
+from normfree.config import DataConfig, OptimConfig
 from normfree.errors import UserError
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -90,18 +91,15 @@ def test_every_cell_is_valid_and_unique() -> None:
         assert not any("rung A" in step.why for step in found.waiting)
         names = [cell.name for cell in found.cells]
         assert len(set(names)) == len(names)
-        assert len({(cell.settings, cell.seed) for cell in found.cells}) == len(names) - _shared(found.cells)
+        arms: dict[str, set[tuple[str, str]]] = {}
+        for cell in found.cells:
+            arms.setdefault(replace(cell, lr=1e-3, seed=1).settings, set()).add((cell.rung, cell.arm.name))
+        assert [shared for shared in arms.values() if len(shared) > 1] == []  # a result is never of two arms
         for cell in found.cells:
             config = cells.config_of(cell)  # the real validation
             assert (config.train.max_steps, config.seed) == (cell.recipe.steps, cell.seed)
             assert config.train.batch_size * (config.data.seq_len or 0) == cell.recipe.tokens_a_step
             assert config.train.eval_tokens == cell.recipe.tuning_tokens
-
-
-def _shared(found: list[cells.Cell]) -> int:
-    """Depth-scaled initial values are an arm of rung B, at rates of its own, and of rung F, at rung A's."""
-    twice = [cell for cell in found if cell.rung == "F" and cell.arm.name.endswith("+depth")]
-    return sum(any(o.settings == c.settings and o.seed == c.seed and o.rung == "B" for o in found) for c in twice)
 
 
 def test_the_words_of_a_cell_are_its_configuration() -> None:
@@ -125,6 +123,25 @@ def test_the_prefix_is_the_published_schedule() -> None:
     for step in range(steps):
         expected = cells.learning_rate(step, cells.PUBLISHED_STEPS, published)
         assert cells.learning_rate(step, steps, ours) == pytest.approx(expected, rel=1e-12)
+
+
+def test_longer_sequences_are_read_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published recipe at T = 256: half the steps, half the warm-up, and a text cut into chunks of 256."""
+    found = plan("full", study.Results([], None, (1,)), ["A", "G"]).cells
+    assert {cell.recipe.tokens for cell in found} == {32260 * 512 * 128}
+    optim = [cells.config_of(cell).optim.warmup_steps for cell in found]
+    assert optim == [1613] * 4 + [806] * 4
+
+    def prepare(data: DataConfig, say: object) -> SimpleNamespace:
+        return SimpleNamespace(fingerprint=f"f00d{data.seq_len}")
+
+    monkeypatch.setattr(place, "prepare", prepare)
+    where = place.find("full", None, found)
+    tasks = [running.task_of(cell, where) for cell in found]
+    assert [task["place"] for task in tasks] == [["data.fingerprint=f00d128"]] * 4 + [["data.fingerprint=f00d256"]] * 4
+    results = study.Results([], where.fingerprint, (1,), where.by_length)
+    assert [task["key"] for task in tasks] == [cell.key(f"f00d{128 * (1 + (cell.rung == 'G'))}") for cell in found]
+    assert [task["key"] for task in tasks] == [results.key(cell) for cell in found]
 
 
 def test_slopes_are_decayed_by_the_published_total() -> None:
@@ -163,60 +180,20 @@ def test_rates_come_first_then_seeds_then_the_common_rate() -> None:
 
 def test_a_result_counts_for_its_settings_seed_and_corpus_only(tmp_path: Path) -> None:
     cell = rungs.smoke_cells()[0]
-    known = {"key": cells.key(cell.settings, cell.seed, "f00d"), "tuning": False, "lr": cell.lr}
+    known = {"key": cell.key("f00d"), "tuning": False, "lr": cell.lr}
     for fingerprint, seeds, n in (("f00d", (1,), 3), ("beef", (1,), 4), ("f00d", (2,), 4)):
         assert len(plan("smoke", study.Results([known], fingerprint, seeds)).cells) == n
+    for name in ("tuning_tokens", "report_tokens", "head_sequences"):  # what a result says of the same weights
+        assert replace(cell, recipe=replace(cell.recipe, **{name: 64})).key("f00d") != known["key"]
+    for name in cells.MEASURING:
+        other = replace(cell, recipe=replace(cell.recipe, keys=cell.recipe.keys | {name: 4}))
+        assert (other.settings, other.key("f00d") == known["key"]) == (cell.settings, False)
     assert plan("smoke", study.Results([], None, (1,)), ["A/ln*"]).cells[0].name.startswith("A/ln+gelu/")
     path = store.path_of(tmp_path, "smoke", "A")
     path.parent.mkdir()
     path.write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is no result"):
         store.read(tmp_path, "smoke")
-
-
-def test_no_cell_begins_that_would_pass_the_budget(tmp_path: Path) -> None:
-    options = running.Options("smoke", Place((), "f00d"), tmp_path, tmp_path, False, (1,), seconds=20, together=100)
-    session = running.Session(options)
-    assert len(session.ready()) == 2  # nine seconds each
-    session.ratios.append(0.25)  # they turn out to be faster
-    assert len(session.ready()) == 4
-
-
-CHILD = """
-import json, sys
-tasks = json.load(open(sys.argv[1]))
-for task in tasks["cells"]:
-    if task["arm"] == sys.argv[0].rpartition("_")[2]:
-        sys.exit("out of memory")
-    record = {name: task[name] for name in ("key", "name", "rung", "arm", "lr", "seed", "tuning")}
-    record |= {"status": "finished", "lost": None, "val_loss": 2.5, "seconds": 1.0}
-    with open(f"{tasks['out']}/smoke/A.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\\n")
-"""
-
-
-def test_a_cell_that_fails_costs_itself_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two workers, a process a cell, of which that of GELU fails; the next call trains only what is missing."""
-    out, runs = tmp_path / "out", tmp_path / "runs"
-    (out / "smoke").mkdir(parents=True)
-    runs.mkdir()
-    options = running.Options("smoke", Place((), "f00d"), out, runs, False, (1,), gpus=("0", "1"))
-    for name, code, n in (("child_gelu", 1, 3), ("child_none", 0, 4)):
-        monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / name)))
-        (tmp_path / name).write_text(CHILD)
-        assert running.run(options) == code
-        printed = capsys.readouterr().out
-        assert ("A/gelu/lr5e-3/s1: failed with exit code 1" in printed) == bool(code)
-        assert ("out of memory" in printed) == bool(code)
-        assert len(store.read(out, "smoke")) == n
-    assert not list(runs.iterdir())
-    other = tmp_path / "other"
-    assert list(store.merge(out, other).values()) == [4]
-    assert list(store.merge(out, other).values()) == [0]
-    elsewhere = running.Options("smoke", Place((), "f00d"), tmp_path / "new", runs, False, (1,), known=(other,))
-    assert running.Session(elsewhere).ready() == []
 
 
 # -- a real cell -------------------------------------------------------------------------------------------------------
@@ -226,19 +203,25 @@ def perform(tmp_path: Path, text_folder: Path, *words: str) -> dict[str, Any]:
     """A cell of scale smoke on a little text, in this process: what the child process does."""
     from revival.cell import perform
 
-    place = Place((f"data.path={text_folder}", "data.source=files", "model.n_layer=2", *words), "f00d")
-    task = running.task_of(rungs.smoke_cells()[3], place) | {"tuning_tokens": 1024, "report_tokens": 1024}
+    where = Place((f"data.path={text_folder}", "data.source=files", "model.n_layer=2", *words), "f00d")
+    task = running.task_of(rungs.smoke_cells()[3], where) | {"tuning_tokens": 1024, "report_tokens": 1024}
     return perform(task, tmp_path / "runs", keep=False)
 
 
+def fault(step: int) -> str:
+    return f"debug.inject={{step:{step},module:blocks.1.mlp.fc,phase:forward,value:nan}}"
+
+
 def test_a_cell_is_trained_evaluated_and_kept(tmp_path: Path, text_folder: Path) -> None:
-    record = perform(tmp_path, text_folder, "train.eval_tokens=1024")
+    """With a bad step at its end, which is left out."""
+    record = perform(tmp_path, text_folder, "train.eval_tokens=1024", fault(19))
     store.append(store.path_of(tmp_path, "smoke", "A"), record)
     (kept,) = store.read(tmp_path, "smoke")
     assert (kept["name"], kept["status"]) == ("A/relu/lr5e-3/s1", "finished")
     assert str(tmp_path) not in json.dumps(kept)
     assert kept["val_loss"] < kept["unigram_entropy"]
     assert kept["tuning_loss"] == kept["losses"]["100"] < kept["losses"]["25"]
+    assert kept["bad_steps"] == 1
     assert len(kept["entropy"]) == len(kept["heads"]["uniform"]) == 2
     assert not list((tmp_path / "runs").iterdir())
 
@@ -251,12 +234,19 @@ def test_a_run_that_knows_less_than_frequencies_is_lost(tmp_path: Path, text_fol
 
 
 def test_a_run_that_diverges_is_lost_where_it_did(tmp_path: Path, text_folder: Path) -> None:
-    fault = "debug.inject={step:3,module:blocks.1.mlp.fc,phase:forward,value:nan}"
-    record = perform(tmp_path, text_folder, "train.eval_tokens=1024", "nan_policy=raise", fault)
+    record = perform(tmp_path, text_folder, "train.eval_tokens=1024", "nan_policy=raise", fault(3))
     assert (record["status"], record["lost"]["step"]) == ("lost", 3)
     assert "blocks.1.mlp.fc" in record["lost"]["account"]
     assert str(tmp_path) not in json.dumps(store.plain(record))
     assert record["losses"]["100"] is None
+    assert record["bad_steps"] == 1
+
+
+def test_weights_that_are_lost_are_a_result(tmp_path: Path, text_folder: Path) -> None:
+    """A NaN in the last step but one, gone on from, with too few passes of the probe left for ten in a row."""
+    record = perform(tmp_path, text_folder, "train.eval_tokens=1024", "nan_policy=log", fault(18))
+    assert (record["status"], record["bad_steps"]) == ("lost", 2)
+    assert record["lost"]["why"].startswith("final validation loss is not finite")
 
 
 def test_uniform_attention_is_the_mean_of_values(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import fixtures.make_results as made
 import pytest
-from revival import report, verdicts
+from revival import figures_scale, report, tables, verdicts
+from revival.differences import differences
 from revival.view import View, views
 
 
@@ -15,6 +16,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page of some results; figures are drawn by another test."""
     for name in ("maps", "loss_against_rate", "seeds", "heads", "trajectories"):
         monkeypatch.setattr(report.figures, name, lambda *a: {})
+    monkeypatch.setattr(figures_scale, "mechanism", lambda *a: {})
     n = iter(range(99))
 
     def write(records: list[dict[str, Any]], scale: str = "short") -> str:
@@ -70,21 +72,183 @@ def test_texts_are_never_mixed(tmp_path: Path) -> None:
     assert len(views(made.save([again], tmp_path))[0].records) == 35  # the other seeds of that arm had other settings
 
 
+def view_of(*more: list[dict[str, Any]], lost: tuple[str, ...] = ()) -> View:
+    return View("short", "f00d", tuple(sum(more, made.rung_a(lost=lost))))
+
+
+def everyone(arm: str) -> tuple[str, ...]:
+    return tuple(f"{arm}{seed}" for seed in range(1, 6))
+
+
+def test_the_published_recipe_has_a_text_for_each_length(page: Any) -> None:
+    four, longer = (
+        made.rung_a(),
+        [made.make("G", f"t256:{arm}", 1e-3, 1, 2.0, fingerprint="beef") for arm in made.LOSSES],
+    )
+    at_1e_3 = [r | {"lr": 1e-3, "name": f"A/{r['arm']}/lr1e-3/s{r['seed']}"} for r in four if not r["tuning"]]
+    text = page(at_1e_3 + longer, "full").partition("## Not run")[2]
+    assert "full, rung G: 16 runs" in text
+    assert "full, rung A" not in text
+
+
 def test_other_rungs_have_verdicts_too() -> None:
-    records = made.rung_a()
+    records = made.scaled(2.45, 2.44, variant="+embed22.627") + made.sloped("per_layer:0.1:nodecay", [0.3, -0.3])
     for seed in range(1, 6):
-        for arm, loss in (("gelu", 2.45), ("relu", 2.44)):
-            records.append(made.make("B", f"{arm}+embed22.627", 1e-3, seed, loss + 0.1 * seed, 0.5))
+        for arm in ("gelu", "relu"):
             records.append(made.make("F", f"{arm}-finalnorm", 1e-3 if arm == "gelu" else 2e-3, seed, 2.6 + 0.1 * seed))
-        slopes = {"steps": [0, 100], "values": [[0.1, 0.1], [0.01 * seed, -0.01 * seed]]}
-        records.append(made.make("E", "per_layer:0.1:nodecay", 2e-3, seed, 2.4, slopes=slopes))
         records.append(made.make("D", "stopped:identity", 1e-3, seed, None))
-    view = View("short", "f00d", tuple(records))
-    assert "90 % of it is gone" in " ".join(verdicts.scale(view))
-    assert "the loss changes by +0.1000 ± 0.0000" in " ".join(verdicts.deviations(view))
-    assert "its mean is not told apart from 0" in verdicts.slopes(view)[0]
+        records.append(made.make("B", "ln+gelu+embed22.627", 2e-3, seed, 2.0 + 0.1 * seed))
+    view = view_of(records)
+    scale = " ".join(verdicts.scale(view))
+    assert "90 % of it is gone, as a point estimate" in scale
+    assert "a change by +0.0894 ± 0.0007 (n = 5)" in scale  # of ReLU - GELU, paired
+    assert "90.0" not in scale
+    assert "(paired: \u221250.0 ± 0.0 (n = 5) percentage points)" not in scale  # all heads were, none is
+    assert "(paired: \u2212100.0 ± 0.0 (n = 5) percentage points)" in scale
+    assert "Control: LayerNorm + GELU, embeddings x 22.627, 52.4 million" in scale
+    changed = verdicts.deviations(view_of(records, made.scaled(2.48, 2.39, variant="+depth")))
+    assert "the loss changes by +0.1000 ± 0.0000" in " ".join(changed)
+    depth = [line for line in changed if "(rung B, at its own best rate), 52.4 million" in line]
+    assert len(depth) == 2
+    assert "rate 1e-3: better: the loss changes by \u22120.0" in depth[1]  # ReLU, which rung A trained at 2e-3
     assert "lost 5 of 5 (48 to 100 %), at steps 70 to 70" in verdicts.collapse(view)[0]
-    assert "costs +0.01275 nats on average" in " ".join(verdicts.wasted(view))  # GELU: all four heads
+    assert "stopped at its first bad step, which alone makes it count as lost" in verdicts.collapse(view)[0]
+    wasted = " ".join(verdicts.wasted(view))
+    assert "costs +0.01275 ± 0.00000 (n = 5) nats" in wasted  # GELU: all four heads
+
+
+def test_the_sign_of_a_flip_is_that_of_the_losses() -> None:
+    text = " ".join(verdicts.order(view_of()))
+    assert "taking the norms out changes ReLU \u2212 GELU by \u22120.1994 ± 0.0007 (n = 5) nats" in text
+    assert "advantage" not in text
+    assert "GELU with them, in the same direction as here" in text
+
+
+@pytest.mark.parametrize("arm", ["gelu", "relu"])
+def test_lost_runs_show_in_the_verdict_on_scale(arm: str) -> None:
+    records = made.scaled(2.45, 2.44)
+    gone = [made.make("B", r["arm"], r["lr"], r["seed"], None) if r["arm"].startswith(arm) else r for r in records]
+    line = next(line for line in verdicts.scale(view_of(gone)) if "embeddings x 50" in line)
+    assert "no seed of which both survived" in line
+    assert f"{arm.upper().replace('RELU', 'ReLU')} 5 of 5 (48 to 100 %)" in line
+    absent = [record for record in records if not record["arm"].startswith(arm)]
+    line = next(line for line in verdicts.scale(view_of(absent)) if "embeddings x 50" in line)
+    assert f"{arm.upper().replace('RELU', 'ReLU')}: not run" in line
+    assert "0 of 5" in line
+    line = next(line for line in verdicts.scale(view_of(records, lost=("gelu1",))) if "embeddings x 50" in line)
+    assert "on rung A lost: ReLU 0 of 5 (0 to 52 %), GELU 1 of 5" in line
+    assert line.startswith("Preliminary")  # four pairs are left of the change
+
+
+def test_an_order_that_turns_round_is_not_a_percentage() -> None:
+    line = next(line for line in verdicts.scale(view_of(made.scaled(2.3, 2.6))) if "embeddings x 50" in line)
+    assert "the order turns round" in line
+    assert "%" not in line.partition("the order turns round")[0].partition("instead of")[2]
+    assert "**This contradicts the paper**" in line
+
+
+def test_an_optimum_at_the_end_of_its_ladder_is_said() -> None:
+    records = [r for r in made.rung_a() if not (r["arm"] == "gelu" and r["tuning"] and r["lr"] < 1e-3)]
+    view = View("short", "f00d", tuple(records))
+    lines = verdicts.order(view)
+    assert "the optimum of GELU is at the end of its ladder" in lines[0]
+    assert not any("end of its ladder" in line for line in lines[1:3])  # at the common rate; with norms
+    assert "(at the end of the ladder)" in " ".join(tables.results(view, "A"))
+
+
+def test_slopes_are_told_apart_one_by_one() -> None:
+    opposite = [0.3, -0.3]  # whose mean is 0
+    records = made.sloped("per_layer:0.1:nodecay", opposite) + made.sloped("per_layer:0.1:decay", [0.01, 0.01])
+    lines = verdicts.slopes(view_of(records))
+    assert "of 2 slopes 2 told apart from 0 and 2 from the start" in lines[0]
+    assert "mean |slope| is 0.3000" in lines[0]
+    assert "slopes end larger without decay" in lines[2]
+    one = verdicts.slopes(view_of(made.sloped("per_layer:0.1:nodecay", opposite, seeds=1)))
+    assert one[0].startswith("Preliminary")
+    assert "one seed tells no slope apart" in one[0]
+    moved = made.sloped("global:0.1:nodecay", [0.3])
+    moved[0]["lr"] = 1e-3  # rung A changed its mind on the way: the last rate counts
+    assert "not run" not in verdicts.slopes(view_of(moved))[0]
+
+
+def test_survivors_with_numbers_that_are_not_finite() -> None:
+    records = made.rung_a()
+    for record in (r for r in records if r["arm"] == "gelu"):
+        record["pre_activation_std"] = [["NaN", 0.02]] * 3
+        record["losses"]["25"] = "NaN"
+    view = View("short", "f00d", tuple(records))
+    assert "not finite 0.02" in " ".join(tables.mechanism(view, "A"))
+    text = " ".join(verdicts.order(view) + differences(view, "A"))
+    assert "nan" not in text
+    assert "none at 25 %" in text
+
+
+def test_runs_of_other_lengths_are_not_paired() -> None:
+    records = made.rung_a()
+    for record in records:
+        if record["arm"] == "relu" and record["seed"] in (2, 3):
+            record["planned_tokens"] *= 2
+        if record["arm"] == "relu" and record["seed"] == 4:
+            record["val_tokens"] //= 2
+    view = View("short", "f00d", tuple(records))
+    line = verdicts.order(view)[0]
+    assert "(n = 2)" in line
+    assert "not paired, as their runs differ in planned or evaluated tokens: seeds 2, 3, 4" in line
+    assert "not alike, so not paired: 2, 3, 4" in differences(view, "A")[2]
+
+
+def test_lost_arms_keep_their_rows() -> None:
+    view = view_of(lost=everyone("gelu"))
+    for table in (tables.mechanism(view, "A"), tables.heads(view, "A")):
+        rows = [row for row in table if row.startswith("| GELU |")]
+        assert len(rows) == 1
+        assert "5 of 5 (48 to 100 %)" in rows[0]
+    text = " ".join(verdicts.order(view) + verdicts.overloaded(view) + verdicts.wasted(view))
+    assert "no seed of which all four arms survived" in text
+    assert "changes by" not in text
+
+
+def test_a_contradiction_is_said_of_overload_and_flip_too() -> None:
+    records = made.rung_a()
+    for record in records:
+        if record["arm"] in ("gelu", "ln+gelu") and not record["tuning"]:
+            level = 0.5 if record["arm"] == "gelu" else 0.9
+            other = made.make("A", record["arm"], record["lr"], record["seed"], 2.0, level)
+            record["entropy"] = other["entropy"]
+        if record["arm"] == "relu" and not record["tuning"]:
+            record["val_loss"] += 0.3
+    view = View("short", "f00d", tuple(records))
+    line = verdicts.overloaded(view)[0]
+    assert "GELU's overload is not there" in line
+    assert "**This contradicts the paper**" in line
+    assert "LayerNorm + GELU 8 %, LayerNorm + ReLU 3 %, GELU 58 %, ReLU 23 %" in line
+    lines = verdicts.order(view)
+    flip = next(line for line in lines if "Norms do not turn" in line)
+    assert "**This contradicts the paper**" in flip
+    assert "**the two splits disagree in sign**" in lines[0]  # val_package was left as it was
+
+
+def test_bad_steps_of_survivors_are_listed(page: Any) -> None:
+    records = made.rung_a()
+    records[-1]["bad_steps"] = 7
+    text = page(records)
+    assert "| A/relu/lr2e-3/s5 | 7 of 100 |" in text
+    assert "| short | C | 6.6 | not run |" in text  # what a cell costs
+    assert "| short | A | 1.4 | 1.00 (n = " in text
+
+
+def test_every_rung_has_its_differences() -> None:
+    records = (
+        made.scaled(2.45, 2.44)
+        + made.sloped("per_layer:0.1:nodecay", [0.1])
+        + made.sloped("per_layer:0.1:decay", [0.0])
+    )
+    records += [made.make("F", "gelu+fp16", 1e-3, seed, 2.6 + 0.1 * seed) for seed in range(1, 6)]
+    view = view_of(records)
+    for rung, rows in (("A", 6), ("B", 3), ("E", 3), ("F", 1)):
+        table = differences(view, rung)[2:]
+        assert len(table) == rows, rung
+        assert all("5: " in row and "52.4 million; 60.0 million; 0.87" in row for row in table)
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +263,10 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.
     drawn = figures.maps(view, "A", tmp_path) | figures.loss_against_rate(view, "A", tmp_path)
     drawn |= figures.seeds(view, "A", tmp_path) | figures.heads(view, "A", tmp_path)
     drawn |= figures.trajectories(view, "D", tmp_path) | figures.trajectories(view, "E", tmp_path)
-    assert set(drawn) == {"maps", "ranges", "layers", "rates", "seeds", "heads", "nan", "slopes"}
+    mechanism = View("short", "f00d", (*records, *made.scaled(2.45, 2.44, seeds=1)))
+    drawn |= figures_scale.mechanism(mechanism, "B", tmp_path)
+    assert figures_scale.mechanism(mechanism, "A", tmp_path) == {}
+    assert all(path.name.startswith("short_f00d_") for path in drawn.values())
+    assert set(drawn) == {"maps", "ranges", "layers", "rates", "seeds", "heads", "nan", "slopes", "scale"}
     assert all(path.stat().st_size > 2000 for path in drawn.values())
     assert figures.maps(view, "C", tmp_path) == {}

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from revival import words
 from revival.records import Record
-from revival.statistics import Difference
-from revival.view import View
+from revival.statistics import Difference, difference
+from revival.view import QUARTERS, View, unlike
 
 CASES = (("A", "", "Pythia-70M, T = 128"), ("C", "faithful:", "GPT-2 124M, T = 128"),
          ("C", "tuned:", "GPT-2 124M, T = 128"), ("G", "t256:", "Pythia-70M, T = 256"))  # fmt: skip
@@ -14,6 +14,7 @@ ABOUT = {
     "C": "GPT-2 124M, T = 128",
     "G": "Pythia-70M's dimensions, T = 256, at the rates of T = 128",
 }
+PUBLISHED_TOKENS = 2.1e9
 
 
 def about(rung: str, prefix: str) -> str:
@@ -22,20 +23,81 @@ def about(rung: str, prefix: str) -> str:
 
 
 def tokens_of(records: Sequence[Record]) -> str:
+    """52.4 million tokens of 2.1 billion (99.1 million unique, 0.53 epochs)"""
     first = records[0]
     text = f"{words.millions(first['planned_tokens'])} tokens"
-    return text + (" of 2.1 billion" if first["planned_tokens"] < 2.1e9 else "")
+    text += " of 2.1 billion" if first["planned_tokens"] < PUBLISHED_TOKENS else ""
+    return f"{text} ({words.millions(first['unique_tokens'])} unique, {first['epochs']:.2f} epochs)"
 
 
-def preliminary(gap: Difference) -> str:
-    return "Preliminary: " if gap.preliminary else ""
+def preliminary(*gaps: Difference | None) -> str:
+    """Where one of them has fewer seeds than a verdict needs."""
+    return "Preliminary: " if any(gap is None or gap.preliminary for gap in gaps) else ""
 
 
 def lost_of(**arms: Sequence[Record]) -> str:
     return "lost: " + ", ".join(f"{name} {words.lost_words(records)}" for name, records in arms.items())
 
 
+def absent(view: View, rung: str, arm: str) -> str:
+    """Why an arm has no reported run."""
+    tried = view.tuning(rung, arm)
+    if not tried:
+        return "not run"
+    if view.own_rate(rung, arm) is None:
+        return f"lost at each of the {len(tried)} rates tried"
+    return "no reported run (its rate is not chosen yet, or was not run)"
+
+
+def not_there(view: View, **arms: tuple[str, str]) -> str:
+    """`name`: (rung, arm). What is missing of arms that a sentence needs; empty where every one has a run."""
+    found = {name: view.own(*arm) for name, arm in arms.items()}
+    if all(found.values()):
+        return ""
+    if not any(view.arms(rung).count(arm) for rung, arm in arms.values()):
+        return "not run"
+    parts = [f"{name}: {absent(view, *arms[name])}" for name, records in found.items() if not records]
+    rest = {name: records for name, records in found.items() if records}
+    return "; ".join(parts + ([lost_of(**rest)] if rest else []))
+
+
+def unsettled(view: View, **arms: tuple[str, str]) -> str:
+    """`name`: (rung, arm). Which optima have no worse rate on both sides, for the end of a sentence."""
+    names = [name for name, arm in arms.items() if not view.is_settled(*arm)]
+    if not names:
+        return ""
+    if len(names) == 1:
+        return f"; the optimum of {names[0]} is at the end of its ladder, so that its rate is not settled"
+    return (
+        f"; the optima of {' and '.join(names)} are at the ends of their ladders, so that their rates are not settled"
+    )
+
+
+def not_paired(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
+    """The seeds that are left out of a pair of arms because their runs are not alike, for the end of a sentence."""
+    seeds = unlike(ours, theirs)
+    if not seeds:
+        return ""
+    return f"; not paired, as their runs differ in planned or evaluated tokens: seeds {', '.join(map(str, seeds))}"
+
+
 def quarters(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """The mean gap at 25, 50 and 100 % of the run, on the trainer's own tokens."""
-    gaps = {name: view.gap(ours, theirs, name) for name in ("25", "50", "100")}
+    gaps = {name: view.gap(ours, theirs, name) for name in QUARTERS}
     return ", ".join(f"{words.signed(gap.mean) if gap else 'none'} at {name} %" for name, gap in gaps.items())
+
+
+def splits(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
+    """The difference on val and on val_package, and a word where the two do not agree."""
+    val, package = view.gap(ours, theirs), view.gap(ours, theirs, "val_package_loss")
+    text = f"{words.interval(val)} nats on val, {words.interval(package)} on val_package"
+    if val is None or package is None or val.mean * package.mean >= 0:
+        return text
+    told = val.sign * package.sign == -1
+    more = "both told apart from 0" if told else "not both told apart from 0"
+    return f"{text} (**the two splits disagree in sign**, {more})"
+
+
+def points(gap: Difference | None) -> Difference | None:
+    """A difference of shares, in percentage points."""
+    return None if gap is None else difference({seed: 100 * value for seed, value in gap.points.items()})

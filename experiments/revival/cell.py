@@ -10,7 +10,7 @@ validation loss is above the unigram entropy. Cells run under nan_policy=skip: a
 finite leaves the weights as they are, and the next batch is tried. The probe passes every ten steps, so that ten in a
 row that are not finite span as many attempts as the trainer takes to give a run up (100 bad steps in a row); a run that
 it gave up has no final loss, and is lost. Cells of rung D stop at the first bad step or go on regardless instead; the
-same rules call them lost.
+same rules call them lost, and a final loss that is not finite is above the unigram entropy.
 """
 
 import gc
@@ -28,6 +28,7 @@ import torch
 from normfree.cli import main as run_main
 from normfree.data.batches import evaluation_rows
 from normfree.data.packing import Corpus, prepare
+from normfree.errors import EXIT_CHECKPOINT, UserError
 from normfree.measure import measure_split
 from normfree.model import Transformer
 from normfree.runs import Run, load_run
@@ -35,7 +36,7 @@ from normfree.training.checkpoint import find_checkpoint, load_model
 from normfree.training.evaluation import bytes_per_token
 from revival import records as store
 from revival.heads import cost_of_heads
-from revival.trace import account, trajectories
+from revival.trace import account, bad_steps, trajectories
 
 PROBES = 10  # of the probe's passes in a row that are not finite: lost
 BATCH = 128  # sequences a forward pass
@@ -55,7 +56,7 @@ def perform(task: dict[str, Any], runs: Path, keep: bool) -> dict[str, Any]:
     if run.status.get("status") not in ENDED:
         raise SystemExit(f"{task['name']}: the run is {run.status.get('status')} (exit code {code})")
     record = {name: task[name] for name in ("key", "name", "rung", "arm", "lr", "seed", "tuning", "settings", "words")}
-    record |= provenance(run) | trajectories(run)
+    record |= provenance(run) | trajectories(run) | {"bad_steps": bad_steps(run)}
     if torch.cuda.is_available():
         record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     record["train_seconds"] = round(time.perf_counter() - began, 1)
@@ -104,13 +105,31 @@ def judged(run: Run, task: dict[str, Any]) -> dict[str, Any]:
     found["losses"] = quarters(run)
     found["tuning_loss"] = found["losses"]["100"]
     where = account(run, PROBES)
-    if where is None:
-        model = load_model(find_checkpoint(run.directory)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = weights(run, found["losses"]["100"]) if where is None else None
+    if model is not None:
         found |= evaluate(model, corpus, rows, other_rows, T, task)
         where = too_high(found)
+    elif where is None:
+        step = run.status["last_step"]
+        where = {"step": step, "why": "final validation loss is not finite, nor are the weights that were kept"}
     if where is not None:
         return found | {"status": "lost", "lost": where}
     return found | {"status": "finished", "lost": None}
+
+
+def weights(run: Run, loss: float | None) -> Transformer | None:
+    """The model that a run ended with; None where it went on regardless of bad steps until its weights are not finite.
+
+    `loss`: the trainer's last one. Where that is finite, a checkpoint that is missing is an error: `UserError`.
+    """
+    try:
+        checkpoint = find_checkpoint(run.directory)
+    except UserError as error:
+        regardless = run.config.nan_policy == "log" and loss is not None and not math.isfinite(loss)
+        if error.exit_code == EXIT_CHECKPOINT and regardless:
+            return None
+        raise
+    return load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def quarters(run: Run) -> dict[str, float | None]:

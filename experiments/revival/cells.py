@@ -6,7 +6,7 @@ A cell is the words of `run.py` that make it (without the place of the text), a 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -25,7 +25,11 @@ TUNING_SEED = 101  # of the runs that choose a rate: never one of the seeds that
 # The schedule of the authors' code: 2.1 billion tokens.
 PUBLISHED_STEPS, PUBLISHED_WARMUP, PUBLISHED_LR, PUBLISHED_FINAL = 32260, 1613, 1e-3, 1e-4
 PUBLISHED_DECAY = 0.1  # of weights, and of learned slopes too
+PUBLISHED_T = 128
 PREFIX_STEPS = 3226  # a tenth
+
+# Settings that change no weight, but what a result says of them; every recipe sets them.
+MEASURING = ("train.eval_every", "train.eval_tokens", "diagnostics.every", "diagnostics.probe_sequences")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,18 @@ class Cell:
             _settings[words] = weights_hash(config_of(self))
         return _settings[words]
 
+    def key(self, fingerprint: str | None, by_length: Mapping[int, str] | None = None) -> str:
+        """What a result is known by: settings, seed, corpus, and how much is measured, which decides what it says.
+
+        `by_length`: data.seq_len -> fingerprint, where the text is cut into chunks of that length.
+        """
+        recipe = self.recipe
+        measured = [recipe.tuning_tokens, recipe.report_tokens, recipe.head_sequences]
+        measured += [self.keys[name] for name in MEASURING]
+        corpus = (by_length or {}).get(self.keys.get("data.seq_len", 0), fingerprint)
+        told = [self.settings, self.seed, corpus, measured]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
     def wanted(self, patterns: Iterable[str]) -> bool:
         """Whether a pattern (`A`, `A/gelu*`) names this cell; without patterns every cell is wanted."""
         patterns = list(patterns)
@@ -115,11 +131,6 @@ def word(name: str, value: Any) -> str:
     if isinstance(value, list):
         return f"{name}=[{','.join(value)}]"
     return f"{name}={rate_name(value)}" if name == "optim.lr" else f"{name}={value}"
-
-
-def key(settings: str, seed: int, fingerprint: str | None) -> str:
-    """What a result is known by: the settings, the seed and the corpus."""
-    return hashlib.sha256(json.dumps([settings, seed, fingerprint]).encode()).hexdigest()[:12]
 
 
 def config_of(cell: Cell) -> Config:
@@ -152,6 +163,7 @@ def _composed(groups: tuple[str, ...]) -> Config:
 QUIET = {  # what is written and measured; nothing of it changes a weight
     "train.checkpoint_every": 0,
     "train.keep_checkpoints": 1,
+    "log.every": 1,  # with the number of bad steps up to each
     "log.tensorboard": False,
     "log.figures": False,
     "diagnostics.snapshot_every": 0,
@@ -247,13 +259,18 @@ def gpt2(keys: dict[str, Any], steps: int = PREFIX_STEPS) -> Recipe:
     return replace(_SHORT_GPT2, keys=_SHORT_GPT2.keys | keys, steps=steps)
 
 
-def full(groups: tuple[str, ...], step_seconds: float, seq_len: int = 128) -> Recipe:
-    """The published recipe on CodeParrot; only what is measured is added."""
-    every = {"diagnostics.every": 100, "train.eval_every": PUBLISHED_STEPS // 4, "train.eval_tokens": 1048576}
+def full(groups: tuple[str, ...], step_seconds: float, seq_len: int = PUBLISHED_T) -> Recipe:
+    """The published recipe on CodeParrot; only what is measured is added.
+
+    A step has 512 sequences whatever their length, and the text is read once: longer ones take fewer steps. The warm-up
+    is a share of them.
+    """
+    steps = PUBLISHED_STEPS * PUBLISHED_T // seq_len
+    every = {"diagnostics.every": 100, "train.eval_every": steps // 4, "train.eval_tokens": 1048576}
     return Recipe(
         groups=groups,
-        keys={"nan_policy": "skip", "data.seq_len": seq_len, **QUIET, **every},
-        steps=PUBLISHED_STEPS,
+        keys={"nan_policy": "skip", "data.seq_len": seq_len, "train.max_steps": steps, **QUIET, **every},
+        steps=steps,
         tokens_a_step=512 * seq_len,
         step_seconds=step_seconds,
         other_seconds=300,

@@ -103,6 +103,11 @@ def _titled(record: Record) -> str:
 DPI = 150
 
 
+def stem(view: View, rung: str) -> str:
+    """How a figure's file name begins: results of two texts never overwrite each other."""
+    return f"{view.scale}_{view.fingerprint[:6]}_{rung}"
+
+
 def draw(out: Path, plot: Callable[[Figure], object], width: float = common.WIDTHS[1]) -> Path:
     with matplotlib.rc_context(common.STYLE | {"savefig.dpi": DPI}):
         fig = common.figure(width)
@@ -116,7 +121,7 @@ def maps(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Pat
     found = [(arm, record) for arm in FOUR if (record := one_of(view, rung, prefix + arm))]
     if not found:
         return {}
-    name = f"{view.scale}_{rung}{'_' + prefix.rstrip(':') if prefix else ''}"
+    name = stem(view, rung) + (f"_{prefix.rstrip(':')}" if prefix else "")
     drawn: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
@@ -149,18 +154,16 @@ def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
         base = Path(temporary)
         if rung == "D" and firsts:
             ways = [on_the_way(r, _titled(r), base / f"way{i}") for i, r in enumerate(firsts)]
-            drawn["layers"] = draw(
-                folder / f"{view.scale}_{rung}_layers.png", lambda f: layerwise_entropy.plot(ways, f)
-            )
+            drawn["layers"] = draw(folder / f"{stem(view, rung)}_layers.png", lambda f: layerwise_entropy.plot(ways, f))
         if sloped:
             runs = [on_the_way(r, f"{r['arm']}, seed {r['seed']}", base / f"slope{i}") for i, r in enumerate(sloped)]
-            drawn["slopes"] = draw(folder / f"{view.scale}_{rung}_slopes.png", lambda f: learned_slopes.plot(runs, f))
+            drawn["slopes"] = draw(folder / f"{stem(view, rung)}_slopes.png", lambda f: learned_slopes.plot(runs, f))
         if bad:
             kind = "nan" if any(r.get("nan_counts") for r in bad) else "inf"
             counted = [on_the_way(r, _titled(r), base / f"bad{i}") for i, r in enumerate(bad)]
             site = "attn_probs" if any("attn_probs" in r.get("nan_counts", {}) for r in bad) else "block"
             drawn["nan"] = draw(
-                folder / f"{view.scale}_{rung}_nan.png",
+                folder / f"{stem(view, rung)}_nan.png",
                 lambda f: nan_counts.plot(counted, f, kind=kind, site=site if kind == "nan" else "mlp"),
             )
     return drawn
@@ -193,7 +196,7 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
         ax.set_ylabel("Validation loss (nats per token)")
         fig.legend(loc="outside lower left", ncols=2)
 
-    return {"rates": draw(folder / f"{view.scale}_{rung}_rates.png", plot)}
+    return {"rates": draw(folder / f"{stem(view, rung)}_rates.png", plot)}
 
 
 def seeds(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Path]:
@@ -216,7 +219,7 @@ def seeds(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Pa
         ax.invert_yaxis()
         ax.set_xlabel("Validation loss (nats per token): a point a seed, a cross a lost run")
 
-    return {"seeds": draw(folder / f"{view.scale}_{rung}_seeds.png", plot)}
+    return {"seeds": draw(folder / f"{stem(view, rung)}_seeds.png", plot)}
 
 
 def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
@@ -249,4 +252,4 @@ def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
             ax.set_xlabel("Head's level")
         fig.legend(handles=axes[0].get_lines()[-2:], loc="outside lower right", ncols=2)
 
-    return {"heads": draw(folder / f"{view.scale}_{rung}_heads.png", plot)}
+    return {"heads": draw(folder / f"{stem(view, rung)}_heads.png", plot)}

@@ -38,11 +38,23 @@ def at_once(records: Sequence[Record], kind: str) -> dict[int, float]:
     return {seed: float(cost) for seed, cost in found.items() if cost is not None}
 
 
+def per_seed(records: Sequence[Record], kind: str, overloaded: bool) -> dict[int, float]:
+    """seed -> mean cost over the heads of its run that are overloaded, or over those that are not; runs without any
+    are left out.
+    """
+    means = {}
+    for record in records:
+        found = costs([record])
+        part = getattr(found, kind)[found.overloaded == overloaded]
+        if len(part):
+            means[record["seed"]] = float(part.mean())
+    return means
+
+
 def summary(records: Sequence[Record]) -> list[str]:
-    found = costs(records)
-    cells = [f"{int(found.overloaded.sum())} of {len(found.level)}"]
-    for chosen in (found.overloaded, ~found.overloaded):
-        for kind in KINDS:
-            part = getattr(found, kind)[chosen]
-            cells.append(words.signed(float(part.mean()), 5) if len(part) else words.DASH)
+    """Means over seeds of each run's mean head, with 95 % t intervals; dashes where no run survived."""
+    found = costs(records) if records else None
+    cells = [f"{int(found.overloaded.sum())} of {len(found.level)}" if found else words.DASH]
+    for overloaded in (True, False):
+        cells += [words.mean(per_seed(records, kind, overloaded), 5) for kind in KINDS]
     return cells + [words.mean(at_once(records, kind), 4) for kind in KINDS]

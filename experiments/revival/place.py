@@ -2,12 +2,14 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from normfree.config import DataConfig
 from normfree.data.packing import prepare
 from normfree.errors import EXIT_CONFIG, EXIT_DATA, UserError
+from revival.cells import PUBLISHED_T, Cell
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 TOKENIZER = "code32k.json"  # in CORPUS
@@ -15,10 +17,20 @@ TOKENIZER = "code32k.json"  # in CORPUS
 
 @dataclass(frozen=True)
 class Place:
-    """`words`: the settings that name the text on this machine; they are in no result."""
+    """`words`: the settings that name the text on this machine; they are in no result.
+
+    `by_length`: data.seq_len -> fingerprint, where the text is cut into chunks of that length (data.chunks=original).
+    """
 
     words: tuple[str, ...]
     fingerprint: str | None
+    by_length: dict[int, str] = field(default_factory=dict)
+
+    def words_of(self, cell: Cell) -> tuple[str, ...]:
+        """The words for a cell, which pin the text of its length."""
+        if not self.by_length:
+            return self.words
+        return (*self.words, f"data.fingerprint={self.by_length[cell.keys['data.seq_len']]}")
 
 
 def corpus_facts() -> dict:
@@ -32,18 +44,19 @@ def corpus_facts() -> dict:
     return facts
 
 
-def find(scale: str, corpus: Path | None) -> Place:
-    """Prepare the text of a scale; what the first cell would do otherwise, while others wait for it."""
+def find(scale: str, corpus: Path | None, cells: Iterable[Cell] = ()) -> Place:
+    """Prepare the text of a scale; what the first cell would do otherwise, while others wait for it.
+
+    `cells`: those that are wanted; scale full is prepared for each of their sequence lengths, which takes hours.
+    """
     if scale == "smoke":
         prepared = prepare(DataConfig(source="python_stdlib", tokenizer="bytes"), _say)
         return Place((), prepared.fingerprint)
     if scale == "full":
-        config = DataConfig(source="codeparrot", tokenizer="trained", vocab_size=50000, seq_len=128)
-        config.chunks, config.max_documents = "original", 600000
-        config.path = str(corpus.resolve()) if corpus else None
-        prepared = prepare(config, _say)
+        lengths = sorted({cell.keys["data.seq_len"] for cell in cells} or {PUBLISHED_T})
+        found = {seq_len: _codeparrot(corpus, seq_len) for seq_len in lengths}
         path = (f"data.path={corpus.resolve()}",) if corpus else ()
-        return Place((*path, f"data.fingerprint={prepared.fingerprint}"), prepared.fingerprint)
+        return Place(path, found.get(PUBLISHED_T), found)
     if corpus is None:
         raise UserError(
             "--scale short needs --corpus DIR: the folder that python experiments/revival_corpus.py made.", EXIT_CONFIG
@@ -54,6 +67,14 @@ def find(scale: str, corpus: Path | None) -> Place:
     )
     words = (f"data.path={corpus.resolve()}", f"data.tokenizer={tokenizer}", f"data.fingerprint={fingerprint}")
     return Place(words, fingerprint)
+
+
+def _codeparrot(corpus: Path | None, seq_len: int) -> str:
+    """Prepare CodeParrot, or the copy of it, in chunks of `seq_len` tokens: its fingerprint."""
+    config = DataConfig(source="codeparrot", tokenizer="trained", vocab_size=50000, seq_len=seq_len)
+    config.chunks, config.max_documents = "original", 600000
+    config.path = str(corpus.resolve()) if corpus else None
+    return prepare(config, _say).fingerprint
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.records import write_atomically
-from revival import figures, tables, words
+from revival import budget, figures, figures_scale, tables, words
+from revival.differences import differences
 from revival.plan import plan
 from revival.study import Results
 from revival.verdicts import QUESTIONS
@@ -18,6 +19,13 @@ TITLES = {
     "E": "E. Learned slopes",
     "F": "F. The final norm, and the original's deviations one at a time",
     "G": "G. T = 256",
+}
+NOTES = {
+    "B": "Pythia has biases in its feed-forward layers, and the original's GPT-2 has none: the arms of rung A have "
+    "them, and the change is to take them away.",
+    "D": "A run that is stopped at its first bad step counts as lost after that one step; elsewhere bad steps are left "
+    "out, and it takes 100 of them in a row.",
+    "F": "Depth-scaled initial values, a deviation too, are arms of rung B, at their own best rates.",
 }
 PREFIXED = {"A": ("",), "C": ("faithful:", "tuned:"), "G": ("t256:",)}  # rungs with four arms to draw
 INTRO = """# ReLU's Revival, reproduced
@@ -37,12 +45,14 @@ METHOD = """## Method, fixed before the runs
   called preliminary.
 - **Lost** is a run whose probe (fixed validation sequences) has a forward pass that is not finite ten times in a row,
   or whose final validation loss is above the unigram entropy. Bad steps are left out (`nan_policy=skip`); a run that
-  the trainer gives up after 100 of them in a row is lost. Every table says how many of how many were lost, with the
-  exact 95 % interval (Clopper and Pearson) in brackets; means are of the others.
+  the trainer gives up after 100 of them in a row is lost, and a run of rung D that is stopped at its first bad step is
+  lost by that step. Where a run left out some and was not lost, a table says how many. Every table says how many of
+  how many were lost, with the exact 95 % interval (Clopper and Pearson) in brackets; means are of the others.
 - **Rates** are chosen for each arm on seed 101, which is reported nowhere, by the loss on the first tokens of `val`.
-  The optimum must be interior: a ladder whose best rate is at its end gets one more. Losses at 25, 50 and 100 % of the
-  run are the trainer's own, on those same tokens; all other losses are on tokens of `val` that come after them and on
-  `val_package` (packages held out whole), in fp32 whatever a run was trained in.
+  The optimum must be interior: a ladder whose best rate is at its end gets one more, four times at most; where the best
+  rate is at the end all the same, the verdict says so. Losses at 25, 50 and 100 % of the run are the trainer's own, on
+  those same tokens; all other losses are on tokens of `val` that come after them and on `val_package` (packages held
+  out whole), in fp32 whatever a run was trained in. Runs that differ in planned or evaluated tokens are never paired.
 - **Overloaded** is a head whose mean entropy is at least three quarters of its ceiling, ln(T!)/T.
 - **Heads' worth**: each head's attention is replaced by uniform causal attention, and by its own mean over other
   sequences; values and all other heads stay.
@@ -87,7 +97,7 @@ def write(out: Path, docs: Path) -> Path:
     lines = [INTRO, *_answers(found), METHOD]
     for view in found:
         lines += _scale(view, folder, docs)
-    lines += [*_not_run(found), COMMANDS]
+    lines += [*_costs(found), *_not_run(found), COMMANDS]
     path = docs / "relu-revival.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines).rstrip() + "\n")
@@ -118,7 +128,8 @@ def _scale(view: View, folder: Path, docs: Path) -> list[str]:
             "",
         ]
     for rung in view.rungs():
-        lines += [f"### {TITLES[rung]}", "", *_rung(view, rung), *_figures(view, rung, folder, docs)]
+        note = [NOTES[rung], ""] if rung in NOTES else []
+        lines += [f"### {TITLES[rung]}", "", *note, *_rung(view, rung), *_figures(view, rung, folder, docs)]
     return lines
 
 
@@ -139,11 +150,12 @@ def _rung(view: View, rung: str) -> list[str]:
         title = f"At the common rate, {words.rate_name(common)} (lowest sum over arms, none lost):"
         parts.append((title, tables.results(view, rung, common)))
     parts += [
-        ("Paired differences:", tables.differences(view, rung)),
+        ("Paired differences:", differences(view, rung)),
         ("Loss against peak rate, seed 101, on the tokens that choose rates:", tables.rates(view, rung)),
         ("Inside:", tables.mechanism(view, rung) if rung in "AB" else []),
         ("What replacing heads' attention costs (nats):", tables.heads(view, rung)),
         ("", tables.lost_runs(view, rung)),
+        ("", tables.bad_steps(view, rung)),
     ]
     lines: list[str] = []
     for title, table in parts:
@@ -169,7 +181,7 @@ def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
     for prefix in PREFIXED.get(rung, ()):
         for name, path in figures.maps(view, rung, folder, prefix).items():
             drawn.append((_caption(name) + (f" ({prefix.rstrip(':')})" if prefix else ""), path))
-    for draw in (figures.seeds, figures.heads, figures.trajectories):
+    for draw in (figures.seeds, figures_scale.mechanism, figures.heads, figures.trajectories):
         drawn += [(_caption(name), path) for name, path in draw(view, rung, folder).items()]
     return [line for words_, path in drawn for line in (f"![{words_}]({path.relative_to(docs).as_posix()})", "")]
 
@@ -182,9 +194,27 @@ def _caption(name: str) -> str:
         "layers": "Entropy by layer over steps",
         "seeds": "Every seed's loss at its arm's own rate",
         "heads": "Change of loss when a head's attention is replaced, against the head's level",
+        "scale": "Spread of pre-activations by layer, and share of heads that have left the ceiling; a line a run, "
+        "and no panel where all runs were lost",
         "slopes": "Learned slopes over steps",
         "nan": "NaN or Inf over steps",
     }[name]
+
+
+def _costs(found: Sequence[View]) -> list[str]:
+    text = [
+        "Expected is what the recipe says of one H200 (steps, start, compilation and evaluation); a call with",
+        "`--budget-minutes` begins no cell that would end later.",
+    ]
+    return ["## What it costs", "", *text, "", *budget.costs(found), ""]
+
+
+def _latest(found: Sequence[View], scale: str) -> View | None:
+    """The results that count as run: on the last text; at scale full on any, as each length has a text of its own."""
+    ours = [view for view in found if view.scale == scale]
+    if scale == "full" and ours:
+        return View(scale, ours[-1].fingerprint, tuple(record for view in ours for record in view.records))
+    return ours[-1] if ours else None
 
 
 def _not_run(found: Sequence[View]) -> list[str]:
@@ -193,8 +223,7 @@ def _not_run(found: Sequence[View]) -> list[str]:
     for scale in SCALES:
         if scale == "smoke":
             continue
-        newest = [view for view in found if view.scale == scale]
-        rest = plan(scale, Named(newest[-1] if newest else None))
+        rest = plan(scale, Named(_latest(found, scale)))
         cells = [cell for cell in rest.cells if not cell.tuning]
         for rung in dict.fromkeys(cell.rung for cell in rest.cells):
             names = dict.fromkeys(f"{c.arm.name} at {words.rate_name(c.lr)}" for c in cells if c.rung == rung)

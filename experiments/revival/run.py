@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from revival import records as store
-from revival.cells import Cell, key
+from revival.cells import Cell
+from revival.pace import Pace, device_name
 from revival.place import Place
-from revival.plan import plan
+from revival.plan import Plan, plan
+from revival.records import Record
 from revival.study import Results
 
 EXPERIMENTS = Path(__file__).parents[1]
 CHILD = (sys.executable, "-m", "revival.cell")
-RECENT = 3  # processes by which expected times are corrected: the first one compiles
 TAIL = 25  # lines of a failed process that are shown
 GRACE = 20  # seconds that a stopped process has to end by itself
 # Compiled code is kept between the processes of this machine; set the variables to keep it elsewhere.
@@ -46,6 +46,7 @@ class Options:
     seconds: float = float("inf")
     gpus: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES of each worker; none: one worker on the CPU
     together: int = 1  # cells a process trains one after another
+    began: float = field(default_factory=time.monotonic)  # the command; the budget counts from here
 
 
 @dataclass
@@ -53,42 +54,54 @@ class Session:
     """The cells of one call: what is next, what is under way, what went wrong. One object for all workers."""
 
     options: Options
-    began: float = field(default_factory=time.monotonic)
     running: dict[str, Cell] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     done: int = 0
-    ratios: list[float] = field(default_factory=list)  # seconds taken over seconds expected
+    pace: Pace = field(default_factory=Pace)
     changed: threading.Condition = field(default_factory=threading.Condition)
     processes: set[Any] = field(default_factory=set)
     stopping: bool = False
     error: BaseException | None = None  # of a worker: not of a cell, which fails by itself
 
-    def predicted(self, cell: Cell) -> float:
-        """Seconds: as expected, corrected by the cells of this call."""
-        return cell.recipe.seconds * (statistics.median(self.ratios[-RECENT:]) if self.ratios else 1.0)
+    def __post_init__(self) -> None:
+        if self.options.seconds < float("inf"):
+            self.pace.recall(self.records(), device_name(self.options.gpus))
 
     def left(self) -> float:
-        return self.options.seconds - (time.monotonic() - self.began)
+        return self.options.seconds - (time.monotonic() - self.options.began)
+
+    def records(self) -> list[Record]:
+        folders = [*self.options.known, self.options.out]
+        return [record for folder in folders for record in store.read(folder, self.options.scale)]
 
     def results(self) -> Results:
-        folders = [*self.options.known, self.options.out]
-        records = [record for folder in folders for record in store.read(folder, self.options.scale)]
-        return Results(records, self.options.place.fingerprint, self.options.seeds)
+        place = self.options.place
+        return Results(self.records(), place.fingerprint, self.options.seeds, place.by_length)
 
     def ready(self) -> list[Cell]:
         """The next cells that fit into the budget, in order of value."""
         results = self.results()
         found: list[Cell] = []
         used = 0.0
-        for cell in plan(self.options.scale, results, self.options.patterns).cells:
-            if cell.name in self.running or cell.name in self.failed:
+        planned = plan(self.options.scale, results, self.options.patterns)
+        last = self.last_rung(planned)
+        for cell in planned.cells:
+            if cell.name in self.running or cell.name in self.failed or (last is not None and cell.rung > last):
                 continue
-            if used + self.predicted(cell) <= self.left():
+            seconds = self.pace.predicted(cell)
+            if used + seconds <= self.left():
                 found.append(cell)
-                used += self.predicted(cell)
+                used += seconds
             if len(found) == self.options.together:
                 break
         return found
+
+    def last_rung(self, planned: Plan) -> str | None:
+        """The first rung that waits for rates which cells under way may settle: its cells are worth more than later
+        ones, so those are not begun. None: no rung does. Rungs are letters, in order of value.
+        """
+        settling = {cell.rung for cell in self.running.values() if cell.tuning}
+        return min((step.rung for step in planned.waiting if step.rung in settling), default=None)
 
     def take(self) -> list[Cell]:
         """Cells for a worker; waits while others may yet make some possible. Empty: there is nothing more to do."""
@@ -102,16 +115,21 @@ class Session:
             return []
 
     def finish(self, cells: Sequence[Cell], seconds: float) -> None:
-        """A process has ended: what it kept is done, the rest is not tried again by this call."""
+        """A process has ended: what it kept is done, the first of the rest failed and is not tried again by this call.
+
+        It trains cells in turn, so those after the first that it did not keep were never begun.
+        """
         results = self.results()
-        kept = [cell for cell in cells if results.of(cell) is not None]
+        kept = {cell.name: record for cell in cells if (record := results.of(cell)) is not None}
+        rest = [cell for cell in cells if cell.name not in kept]
         with self.changed:
             for cell in cells:
                 del self.running[cell.name]
             self.done += len(kept)
-            self.failed |= {cell.name for cell in cells} - {cell.name for cell in kept}
-            if len(kept) == len(cells):
-                self.ratios.append(seconds / sum(cell.recipe.seconds for cell in cells))
+            self.failed |= {cell.name for cell in rest[:1]}
+            start = (seconds - sum(float(record["seconds"]) for record in kept.values())) / len(cells)
+            for cell in cells if not rest else ():
+                self.pace.learn(cell, kept[cell.name], max(0.0, start))
             self.changed.notify_all()
 
     # -- a process ----------------------------------------------------------------------------------------------------
@@ -131,7 +149,7 @@ class Session:
         """Train cells in one process."""
         options = self.options
         names = ", ".join(cell.name for cell in cells)
-        say(f"{names}: {sum(map(self.predicted, cells)):.0f} s expected" + (f", GPU {gpu}" if gpu else ""))
+        say(f"{names}: {sum(map(self.pace.predicted, cells)):.0f} s expected" + (f", GPU {gpu}" if gpu else ""))
         folder = Path(tempfile.mkdtemp(dir=options.runs, prefix="cell-"))
         tasks = {"out": str(options.out.resolve()), "scale": options.scale, "keep": options.keep}
         tasks |= {"runs": str(folder if not options.keep else options.runs), "commit": options.commit}
@@ -190,7 +208,7 @@ def task_of(cell: Cell, place: Place) -> dict[str, Any]:
     recipe = cell.recipe
     settings = cell.settings
     return {
-        "key": key(settings, cell.seed, place.fingerprint),
+        "key": cell.key(place.fingerprint, place.by_length),
         "name": cell.name,
         "rung": cell.rung,
         "arm": cell.arm.name,
@@ -199,7 +217,7 @@ def task_of(cell: Cell, place: Place) -> dict[str, Any]:
         "tuning": cell.tuning,
         "settings": settings,
         "words": list(cell.words),
-        "place": list(place.words),
+        "place": list(place.words_of(cell)),
         "tuning_tokens": recipe.tuning_tokens,
         "report_tokens": recipe.report_tokens,
         "head_sequences": recipe.head_sequences,
@@ -207,11 +225,10 @@ def task_of(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def environment(gpu: str | None) -> dict[str, str]:
-    """Of a process: where it finds the study, its GPU, and where compiled code is kept."""
+    """Of a process: where it finds the study, its GPU (None: it sees none), and where compiled code is kept."""
     found = dict(os.environ)
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EXPERIMENTS), found.get("PYTHONPATH")]))
-    if gpu is not None:
-        found["CUDA_VISIBLE_DEVICES"] = gpu
+    found["CUDA_VISIBLE_DEVICES"] = gpu or ""
     for name, folder in CACHES.items():
         found.setdefault(name, str(Path(tempfile.gettempdir(), folder)))
     return found
@@ -244,6 +261,6 @@ def run(options: Options) -> int:
         return 130
     if session.error is not None:
         raise session.error
-    minutes = (time.monotonic() - session.began) / 60
+    minutes = (time.monotonic() - options.began) / 60
     say(f"{session.done} cells in {minutes:.1f} minutes; {len(session.failed)} failed")
     return 1 if session.failed else 0

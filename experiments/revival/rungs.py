@@ -159,11 +159,11 @@ def short_e(results: Results) -> Steps:
     yield from fixed([(Study("E", arm, SHORT_PYTHIA, ()), rate) for arm in arms], results)
 
 
+# Depth-scaled initial values are one more: rung B has them, at rates of their own.
 DEVIATIONS: dict[str, dict[str, Any]] = {
     "-finalnorm": {"model__final_norm": "none"},
     "+dropout": {"model__dropout__embed": 0.1},
     "+fp16": {"train__precision": "fp16"},
-    "+depth": {"model__init__depth_scaled": True},
 }
 
 

@@ -4,11 +4,11 @@ Cells that are done are yielded again; `plan` leaves them out.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from revival.cells import SEEDS, TUNING_SEED, Arm, Cell, Recipe, key
+from revival.cells import SEEDS, TUNING_SEED, Arm, Cell, Recipe
 from revival.records import Record, is_lost
 from revival.tuning import best_rate, common_rate, rates_to_try
 
@@ -16,14 +16,21 @@ from revival.tuning import best_rate, common_rate, rates_to_try
 class Results:
     """What has been trained, by cell: on this corpus, with exactly these settings."""
 
-    def __init__(self, records: Sequence[Record], fingerprint: str | None, seeds: Sequence[int] = SEEDS) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        fingerprint: str | None,
+        seeds: Sequence[int] = SEEDS,
+        by_length: Mapping[int, str] | None = None,
+    ) -> None:
         self.fingerprint = fingerprint
+        self.by_length = by_length  # see Cell.key
         self.seeds = tuple(seeds)  # those that are wanted
         self._by_key = {record["key"]: record for record in records}
         self._rates = {record["lr"] for record in records if record["tuning"]}
 
     def key(self, cell: Cell) -> str:
-        return key(cell.settings, cell.seed, self.fingerprint)
+        return cell.key(self.fingerprint, self.by_length)
 
     def of(self, cell: Cell) -> Record | None:
         return self._by_key.get(self.key(cell))

@@ -7,12 +7,8 @@ import numpy as np
 
 from revival import words
 from revival.heads_table import summary
-from revival.records import Record, is_lost
+from revival.records import Record, is_lost, numbers
 from revival.view import FOUR, View, mean_entropy, overload, values
-
-OWN, COMMON = "own best rate", "common rate"
-PAIRS = (("relu", "gelu"), ("ln+relu", "ln+gelu"), ("gelu", "ln+gelu"), ("relu", "ln+relu"))
-PREFIXES = ("", "faithful:", "tuned:", "t256:")
 
 
 def results(view: View, rung: str, lr: float | None = None) -> list[str]:
@@ -32,6 +28,7 @@ def results(view: View, rung: str, lr: float | None = None) -> list[str]:
         "val (nats)",
         "val_package (nats)",
         "bits a byte, val",
+        "bits a byte, val_package",
         "perplexity, this text",
     )
     return words.table([*columns, "heads overloaded (%)", "mean entropy (nats)", "tokens", "unique", "epochs"], rows)
@@ -40,7 +37,7 @@ def results(view: View, rung: str, lr: float | None = None) -> list[str]:
 def _row(view: View, rung: str, arm: str, rate: float | None, records: Sequence[Record], own: bool) -> list[str]:
     shown = "not chosen yet" if rate is None else words.rate_name(rate)
     if own and rate is not None and not view.is_settled(rung, arm):
-        shown += " (still choosing)"
+        shown += " (at the end of the ladder)"
     nats = values(records)
     perplexity = math.exp(sum(nats.values()) / len(nats)) if nats else None
     first = records[0] if records else None
@@ -51,58 +48,13 @@ def _row(view: View, rung: str, arm: str, rate: float | None, records: Sequence[
         words.mean(nats),
         words.mean(values(records, "val_package_loss")),
         words.mean(values(records, "val_bits_per_byte")),
+        words.mean(values(records, "val_package_bits_per_byte")),
         f"{perplexity:.3f}" if perplexity else words.DASH,
         words.mean(overload(records), 1, 100),
         words.mean(mean_entropy(records), 2),
         words.millions(first["planned_tokens"]) if first else words.DASH,
         words.millions(first["unique_tokens"]) if first else words.DASH,
         f"{first['epochs']:.2f}" if first else words.DASH,
-    ]
-
-
-def differences(view: View, rung: str) -> list[str]:
-    """Paired differences between arms, at own best and at the common rate, on both held-out splits and on the way."""
-    rows = []
-    common = view.common_rate(rung)
-    for prefix in PREFIXES:
-        for one, other in PAIRS:
-            for name, lr in ((OWN, None), (COMMON, common)):
-                if name == COMMON and (lr is None or prefix):
-                    continue
-                pair = [
-                    view.own(rung, prefix + a) if lr is None else view.reported(rung, prefix + a, lr)
-                    for a in (one, other)
-                ]
-                if all(pair):
-                    rows.append(_difference(view, prefix + one, prefix + other, name, pair))
-    if not rows:
-        return []
-    columns = (
-        "difference",
-        "at",
-        "lost",
-        "val (nats)",
-        "seed by seed",
-        "val_package (nats)",
-        "at 25 %",
-        "at 50 %",
-        "at 100 %",
-    )
-    return words.table(columns, rows)
-
-
-def _difference(view: View, one: str, other: str, rates: str, pair: Sequence[Sequence[Record]]) -> list[str]:
-    ours, theirs = pair
-    gap = view.gap(ours, theirs)
-    points = ", ".join(f"{words.signed(v)}" for v in gap.points.values()) if gap else words.DASH
-    return [
-        f"{words.arm_words(one)} {words.MINUS} {words.arm_words(other)}",
-        rates,
-        "; ".join(words.lost_words(records) for records in (ours, theirs)),
-        words.interval(gap) + (" preliminary" if gap and gap.preliminary else ""),
-        points,
-        words.interval(view.gap(ours, theirs, "val_package_loss")),
-        *(words.interval(view.gap(ours, theirs, quarter)) for quarter in ("25", "50", "100")),
     ]
 
 
@@ -117,7 +69,7 @@ def rates(view: View, rung: str) -> list[str]:
     for arm, found in tried.items():
         best = view.own_rate(rung, arm)
         cells = [_tried(found.get(lr), lr == best) for lr in ladder]
-        rows.append([words.arm_words(arm), *cells, "yes" if view.is_settled(rung, arm) else "not yet"])
+        rows.append([words.arm_words(arm), *cells, "yes" if view.is_settled(rung, arm) else "no"])
     return words.table(["arm", *map(words.rate_name, ladder), "optimum interior"], rows)
 
 
@@ -142,44 +94,55 @@ def _first_line(text: str) -> str:
     return text.splitlines()[0].replace("|", "/")
 
 
+def bad_steps(view: View, rung: str) -> list[str]:
+    """Runs that were not lost, and had steps whose loss or gradient was not finite."""
+    found = [r for r in view.records if r["rung"] == rung and not is_lost(r) and r.get("bad_steps")]
+    rows = [[r["name"], f"{r['bad_steps']} of {r['last_step']}"] for r in found]
+    return words.table(["run that was not lost", "steps whose loss or gradient was not finite"], rows) if rows else []
+
+
 def mechanism(view: View, rung: str) -> list[str]:
     """Scale inside the model: pre-activations at the first and last step, and when heads leave the ceiling."""
     rows = []
     for source, arm in [("A", a) for a in FOUR] + [("B", a) for a in view.arms("B") if rung == "B"]:
-        records = [r for r in view.own(source, arm) if not is_lost(r)]
-        if records and "pre_activation_std" in records[0]:
-            rows.append(_scale_row(arm, records))
-    columns = ("arm", "runs", "pre-activation std, layer by layer, first step", "last step")
+        everyone = view.own(source, arm)
+        if everyone:
+            rows.append(_scale_row(arm, everyone))
+    if not rows:
+        return []
+    columns = ("arm", "lost", words.TEXT, "pre-activation std, layer by layer, first step", "last step")
     return words.table([*columns, "heads that never leave .95 of the ceiling (%)", "median step of leaving"], rows)
 
 
-def _scale_row(arm: str, records: Sequence[Record]) -> list[str]:
-    stds = np.mean([np.array(r["pre_activation_std"])[[0, -1]] for r in records], axis=0)
-    left = [step for r in records for layer in r["left_ceiling"] for step in layer]
+def _scale_row(arm: str, everyone: Sequence[Record]) -> list[str]:
+    """Of the runs that were not lost; dashes where there are none."""
+    first = [words.arm_words(arm), words.lost_words(everyone), words.text_of(everyone)]
+    kept = [r for r in everyone if not is_lost(r)]
+    spread = [numbers(r["pre_activation_std"])[[0, -1]] for r in kept if "pre_activation_std" in r]
+    stds = np.mean(spread, axis=0) if spread else []
+    left = [step for r in kept for layer in r.get("left_ceiling", []) for step in layer]
     gone = [step for step in left if step is not None]
     return [
-        words.arm_words(arm),
-        str(len(records)),
-        *(" ".join(f"{value:.3g}" for value in layer) for layer in stds),
-        f"{100 * (len(left) - len(gone)) / len(left):.0f}",
+        *first,
+        *([" ".join(_short(value) for value in layer) for layer in stds] or [words.DASH] * 2),
+        f"{100 * (len(left) - len(gone)) / len(left):.0f}" if left else words.DASH,
         f"{np.median(gone):.0f}" if gone else words.DASH,
     ]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"
 
 
 def heads(view: View, rung: str) -> list[str]:
     """Cost of replacing heads' attention, by arm at its own rate: means over seeds."""
     rows = []
     for arm in view.arms(rung):
-        records = [r for r in view.own(rung, arm) if not is_lost(r) and r.get("heads")]
-        if records:
-            rows.append([words.arm_words(arm), str(len(records)), *summary(records)])
-    columns = (
-        "arm",
-        "runs",
-        "overloaded heads",
-        "one of them, uniform",
-        "one of them, its mean",
-        "one other head, uniform",
-    )
-    more = ("one other head, its mean", "all overloaded, uniform", "all overloaded, mean")
+        everyone = view.own(rung, arm)
+        records = [r for r in everyone if not is_lost(r) and r.get("heads")]
+        if records or (everyone and all(map(is_lost, everyone))):
+            row = [words.arm_words(arm), words.lost_words(everyone), words.text_of(everyone)]
+            rows.append(row + summary(records))
+    columns = ("arm", "lost", words.TEXT, "overloaded heads", "one of them, uniform", "one of them, its mean")
+    more = ("one other head, uniform", "one other head, its mean", "all overloaded, uniform", "all overloaded, mean")
     return words.table([*columns, *more], rows) if rows else []

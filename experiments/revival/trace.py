@@ -72,6 +72,14 @@ def bad_numbers(run: Run) -> dict[str, Any]:
     return found
 
 
+def bad_steps(run: Run) -> int:
+    """Training steps whose loss or gradient was not finite: left out, gone on from or, the one of a stop, looked at."""
+    values = run.series("bad_steps")[1]
+    if len(values):
+        return int(values[-1])
+    return int(run.config.nan_policy == "raise" and run.status["status"] == "diverged")  # it counts none: it stops
+
+
 def account(run: Run, probes: int) -> dict[str, Any] | None:
     """Why and at which step a run is lost, with the flight recorder's account where there is one; None: it is not."""
     status = run.status

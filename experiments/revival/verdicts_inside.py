@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from revival import words
-from revival.cases import CASES, about, preliminary, tokens_of
-from revival.heads_table import SMALL, at_once, costs
+from revival.cases import CASES, about, absent, preliminary, tokens_of, unsettled
+from revival.heads_table import SMALL, at_once, costs, per_seed
 from revival.records import Record, is_lost, numbers
-from revival.statistics import difference
+from revival.statistics import ENOUGH, Difference, difference, paired
 from revival.view import FOUR, View, lost
 
 
@@ -17,67 +17,130 @@ def wasted(view: View) -> list[str]:
     lines = []
     for rung, prefix, _ in CASES:
         for arm in FOUR:
-            records = [r for r in view.own(rung, prefix + arm) if not is_lost(r) and r.get("heads")]
-            if records:
-                lines.append(
-                    _wasted(f"{words.arm_words(arm)} ({about(rung, prefix)})", records, view.own(rung, prefix + arm))
-                )
+            everyone = view.own(rung, prefix + arm)
+            if everyone:
+                lines.append(_wasted(f"{words.arm_words(arm)} ({about(rung, prefix)})", everyone))
     return lines or ["Not run."]
 
 
-def _wasted(name: str, records: Sequence[Record], everyone: Sequence[Record]) -> str:
+def _wasted(name: str, everyone: Sequence[Record]) -> str:
+    records = [r for r in everyone if not is_lost(r) and r.get("heads")]
+    gone = f"lost: {words.lost_words(everyone)}"
+    if not records:
+        return f"{name}, {tokens_of(everyone)}: no run survived whose heads could be replaced; {gone}."
     found = costs(records)
     chosen = found.overloaded
-    few = "Preliminary: " if len(records) < 5 else ""
+    few = "Preliminary: " if len(records) < ENOUGH else ""
     if not chosen.any():
-        return f"{few}{name}, {tokens_of(records)}: no head is overloaded; lost: {words.lost_words(everyone)}."
+        return f"{few}{name}, {tokens_of(records)}: no head is overloaded; {gone}."
     cheap = int((found.uniform[chosen] < SMALL).sum())
-    others = f", any other head {words.signed(float(found.uniform[~chosen].mean()), 5)}" if (~chosen).any() else ""
+    mine = per_seed(records, "uniform", overloaded=True)
+    few = "Preliminary: " if len(mine) < ENOUGH else ""
+    rest = per_seed(records, "uniform", overloaded=False)
+    others = f", any other head {words.interval(difference(rest), 5)}" if rest else ""
+    both = [at_once(records, kind) for kind in ("uniform", "mean")]
+    together = [words.interval(difference(costs_)) if costs_ else words.DASH for costs_ in both]
     return (
         f"{few}{name}, {tokens_of(records)}: with uniform attention in its place, an overloaded head costs "
-        f"{words.signed(float(found.uniform[chosen].mean()), 5)} nats on average{others}; {cheap} of "
-        f"{int(chosen.sum())} overloaded heads cost less than {SMALL:g} nats each. All of a model's at once: "
-        f"{words.mean(at_once(records, 'uniform'))} nats, with their own mean attention "
-        f"{words.mean(at_once(records, 'mean'))}; lost: {words.lost_words(everyone)}."
+        f"{words.interval(difference(mine), 5)} nats{others} (means of each model's heads, over the seeds that have "
+        f"any); {cheap} of {int(chosen.sum())} overloaded heads cost less than {SMALL:g} nats each. All of a model's "
+        f"at once: {together[0]} nats, with their own mean attention {together[1]}; {gone}."
     )
 
 
+# -- learned slopes ----------------------------------------------------------------------------------------------------
+
+
 def slopes(view: View) -> list[str]:
-    """Do learned slopes go to zero without decay?"""
-    lines = []
-    for arm in view.arms("E"):
-        records = view.own("E", arm)
-        kept = [r for r in records if not is_lost(r) and "slopes" in r]
-        if not kept:
-            lines.append(f"{arm}: no run survived; lost: {words.lost_words(records)}.")
-            continue
-        ends = np.array([numbers(r["slopes"]["values"])[-1] for r in kept])  # (runs, slopes)
-        start = float(numbers(kept[0]["slopes"]["values"])[0].mean())
-        points = difference({r["seed"]: float(end.mean()) for r, end in zip(kept, ends, strict=True)})
-        scope, _, decay = arm.split(":")
-        how = f"{'one slope for all layers' if scope == 'global' else 'a slope a layer'}, start {start:g}, " + (
-            "no decay" if decay == "nodecay" else "decay of the original's total"
-        )
-        zero = "its mean is not told apart from 0" if points.sign == 0 else "its mean is not 0"
-        lines.append(
-            f"{preliminary(points)}{how}, {tokens_of(kept)}: at the end {words.interval(points, 3)}, from "
-            f"{ends.min():.3f} to {ends.max():.3f} over layers and seeds; {zero}; lost: {words.lost_words(records)}."
-        )
+    """Do learned slopes go to zero without decay? Every slope is tested, not their mean: + and - would cancel."""
+    arms = view.arms("E")
+    lines = [_slopes(view, arm) for arm in arms]
+    for arm in arms:
+        other = f"{arm.removesuffix('nodecay')}decay"
+        if arm.endswith(":nodecay") and other in arms:
+            lines.append(_decay(view, arm, other))
     return lines or ["Not run."]
+
+
+def _slopes(view: View, arm: str) -> str:
+    everyone = view.own("E", arm)
+    if not everyone:
+        return f"{words.slope_words(arm)}: {absent(view, 'E', arm)}."
+    kept = _sloped(everyone)
+    gone = f"lost: {words.lost_words(everyone)}" + unsettled(view, **{"ReLU, whose rate it has,": ("A", "relu")})
+    if not kept:
+        return f"{words.slope_words(arm)}, {tokens_of(everyone)}: no run survived; {gone}."
+    starts, ends = ({r["seed"]: numbers(r["slopes"]["values"])[i] for r in kept} for i in (0, -1))
+    n = len(next(iter(ends.values())))
+    at_zero = [difference({seed: float(end[i]) for seed, end in ends.items()}) for i in range(n)]
+    moved = [difference({seed: float(end[i] - starts[seed][i]) for seed, end in ends.items()}) for i in range(n)]
+    size = difference(mean_size(kept))
+    every = np.concatenate(list(ends.values()))
+    ranged = f"slopes from {words.signed(float(every.min()), 3)} to {words.signed(float(every.max()), 3)} over "
+    ranged += "layers and seeds" if n > 1 else "seeds"
+    if len(kept) == 1:
+        told = "one seed tells no slope apart from 0 or from its start"
+    elif n == 1:
+        apart = ["told apart" if gap.sign else "not told apart" for gap in (*at_zero, *moved)]
+        told = f"it is {apart[0]} from 0 and {apart[1]} from the start (95 % intervals over seeds)"
+    else:
+        told = (
+            f"of {n} slopes {sum(gap.sign != 0 for gap in at_zero)} told apart "
+            f"from 0 and {sum(gap.sign != 0 for gap in moved)} from the start (a 95 % interval each, over seeds)"
+        )
+    return (
+        f"{preliminary(size)}{words.slope_words(arm)}, {tokens_of(kept)}: at the end mean |slope| is {_size(size)}, "
+        f"{ranged}; {told}; {gone}."
+    )
+
+
+def _size(size: Difference) -> str:
+    return words.interval(size, 4).lstrip("+")
+
+
+def _decay(view: View, without: str, with_: str) -> str:
+    """No decay against decay: mean |slope|, seed by seed."""
+    pair = view.own("E", without), view.own("E", with_)
+    head = f"{words.slope_words(without)}, against decay of the original's total"
+    gone = "lost: no decay {}, decay {}".format(*map(words.lost_words, pair))
+    gap = paired(mean_size(_sloped(pair[0])), mean_size(_sloped(pair[1])))
+    if gap is None:
+        return f"{head}: no seed of which both survived; {gone}."
+    what = {1: "slopes end larger without decay", -1: "slopes end smaller without decay", 0: "not told apart"}[gap.sign]
+    loss = words.interval(view.gap(*pair))
+    return (
+        f"{preliminary(gap)}{head}, {tokens_of(pair[0])}: {what}: mean |slope| without decay {words.MINUS} with it is "
+        f"{words.interval(gap)}; the loss differs by {loss} nats; {gone}."
+    )
+
+
+def _sloped(records: Sequence[Record]) -> list[Record]:
+    return [r for r in records if not is_lost(r) and "slopes" in r]
+
+
+def mean_size(records: Sequence[Record]) -> dict[int, float]:
+    """seed -> mean |slope| over layers at the end of the run."""
+    return {r["seed"]: float(np.abs(numbers(r["slopes"]["values"])[-1]).mean()) for r in records}
+
+
+# -- the softmax-only model --------------------------------------------------------------------------------------------
 
 
 def collapse(view: View) -> list[str]:
     """What becomes of the softmax-only model."""
     lines = []
     for arm in view.arms("D"):
-        records = view.reported("D", arm)
+        records = view.own("D", arm)
         steps = [r["lost"]["step"] for r in records if is_lost(r) and r["lost"]["step"] is not None]
         when = f", at steps {min(steps)} to {max(steps)}" if steps else ""
-        how = "nothing stops it, fp16" if arm.startswith("paper_nan") else "stopped at the first bad step, bf16"
+        if arm.startswith("paper_nan"):
+            how = "nothing stops it, fp16"
+        else:
+            how = "bf16, stopped at its first bad step, which alone makes it count as lost"
         nan = sum(bool(r.get("nan_counts", {}).get("attn_probs")) for r in records)
-        few = "Preliminary: " if lost(records)[1] < 5 else ""
+        few = "Preliminary: " if lost(records)[1] < ENOUGH else ""
         lines.append(
-            f"{few}Softmax-only GPT-2, {how}, planned {tokens_of(records)}: lost {words.lost_words(records)}{when}; "
+            f"{few}Softmax-only GPT-2 ({how}), planned {tokens_of(records)}: lost {words.lost_words(records)}{when}; "
             f"NaN in attention probabilities in {nan} of {len(records)} runs."
         )
     return lines or ["Not run."]

@@ -52,11 +52,11 @@ class View:
         tried = self.tuning(rung, arm)
         if tried:
             return best_rate(tried)
-        rates = {record["lr"] for record in self.reported(rung, arm)}
-        return rates.pop() if len(rates) == 1 else None
+        rates = [r["lr"] for r in self.records if (r["rung"], r["arm"]) == (rung, arm)]
+        return rates[-1] if rates else None  # given by another rung, which may have changed its mind: the last counts
 
     def is_settled(self, rung: str, arm: str) -> bool:
-        """Whether the arm's rate has a worse or lost one on both sides, or was never a matter of choice."""
+        """Whether the arm's rate has a worse or lost one on both sides, or was given to it."""
         tried = self.tuning(rung, arm)
         return not tried or is_interior(tried)
 
@@ -71,29 +71,55 @@ class View:
         return common_rate(tried) if all(tried) else None
 
     def gap(self, ours: Sequence[Record], theirs: Sequence[Record], name: str = "val_loss") -> Difference | None:
-        """Paired difference in nats over the seeds that neither lost; `name`: val_loss, val_package_loss, 25, 50."""
-        return paired(values(ours, name), values(theirs, name))
+        """Paired difference over the seeds that neither lost, of which both runs are comparable; in nats for losses.
+
+        `name`: what `values` knows.
+        """
+        apart = set(unlike(ours, theirs))
+        one, other = values(ours, name), values(theirs, name)
+        return paired({seed: value for seed, value in one.items() if seed not in apart}, other)
+
+
+ALIKE = ("planned_tokens", "val_tokens", "T")  # equal in runs that are paired
+
+
+def unlike(ours: Iterable[Record], theirs: Iterable[Record]) -> list[int]:
+    """Seeds that both have and neither lost, but whose runs were not planned and evaluated alike: never paired."""
+    one, other = ({r["seed"]: r for r in records if not is_lost(r)} for records in (ours, theirs))
+    shared = sorted(set(one) & set(other))
+    return [s for s in shared if any(one[s].get(name) != other[s].get(name) for name in ALIKE)]
+
+
+QUARTERS = ("25", "50", "100")
 
 
 def values(records: Iterable[Record], name: str = "val_loss") -> dict[int, float]:
-    """seed -> a number of the runs that were not lost: a field, or the loss at 25, 50 or 100 % of the run."""
+    """seed -> a finite number of the runs that were not lost. `name`: a field of the record; 25, 50 or 100, the loss
+    at that percentage of the run; overload, the share of overloaded heads at its end; entropy, their mean entropy.
+    """
     found = {}
     for record in records:
-        value = record["losses"].get(name) if name in ("25", "50", "100") else record.get(name)
-        if not is_lost(record) and value is not None:
-            found[record["seed"]] = float(value)
+        value = None if is_lost(record) else _value(record, name)
+        if value is not None and math.isfinite(value):
+            found[record["seed"]] = value
     return found
+
+
+def _value(record: Record, name: str) -> float | None:
+    if name in ("overload", "entropy"):
+        entropy = store.numbers(record["entropy"])
+        return float(is_overloaded(entropy, record["T"]).mean() if name == "overload" else np.nanmean(entropy))
+    value = record["losses"].get(name) if name in QUARTERS else record.get(name)
+    return None if value is None else float(value)  # float reads "NaN" and "Infinity"
 
 
 def overload(records: Iterable[Record]) -> dict[int, float]:
     """seed -> share of heads at or above three quarters of the ceiling, at the end of the run."""
-    kept = [record for record in records if not is_lost(record)]
-    return {r["seed"]: float(is_overloaded(store.numbers(r["entropy"]), r["T"]).mean()) for r in kept}
+    return values(records, "overload")
 
 
 def mean_entropy(records: Iterable[Record]) -> dict[int, float]:
-    kept = [record for record in records if not is_lost(record)]
-    return {r["seed"]: float(np.nanmean(store.numbers(r["entropy"]))) for r in kept}
+    return values(records, "entropy")
 
 
 def lost(records: Sequence[Record]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from revival.tuning import rate_name as rate_name  # every module of the page sa
 from revival.view import lost
 
 DASH = "-"
+TEXT = "tokens; unique; epochs"  # a column
 MINUS = "\u2212"
 WORDS = {
     "gelu": "GELU",
@@ -17,13 +18,16 @@ WORDS = {
     "ln+relu": "LayerNorm + ReLU",
     "identity": "no activation",
 }
+RECIPES = ("faithful", "tuned", "stopped", "paper_nan")  # arms of one rung that share an activation and norms
 
 
 def arm_words(arm: str) -> str:
-    """`ln+gelu+embed50` -> LayerNorm + GELU, embeddings x 50."""
+    """`ln+gelu+embed50` -> LayerNorm + GELU, embeddings x 50; `faithful:gelu` -> GELU (faithful)."""
     prefix, _, rest = arm.rpartition(":")
+    if prefix.startswith(("global", "per_layer")):
+        return slope_words(arm)
     name = next((known for known in sorted(WORDS, key=len, reverse=True) if rest.startswith(known)), None)
-    if name is None or prefix.startswith(("global", "per_layer")):
+    if name is None:
         return arm
     extra = rest.removeprefix(name)
     for short, long in (
@@ -36,7 +40,14 @@ def arm_words(arm: str) -> str:
         ("+fp16", ", fp16"),
     ):
         extra = extra.replace(short, long)
-    return WORDS[name] + extra
+    return WORDS[name] + extra + (f" ({prefix})" if prefix in RECIPES else "")
+
+
+def slope_words(arm: str) -> str:
+    """`per_layer:0.1:nodecay` -> a slope a layer, start 0.1, no decay"""
+    scope, start, decay = arm.split(":")
+    how = "one slope for all layers" if scope == "global" else "a slope a layer"
+    return f"{how}, start {start}, " + ("no decay" if decay == "nodecay" else "decay of the original's total")
 
 
 def signed(value: float, digits: int = 4) -> str:
@@ -72,6 +83,14 @@ def millions(tokens: float) -> str:
     if tokens >= 1e9:
         return f"{tokens / 1e9:.2f} billion"
     return f"{tokens / 1e6:.1f} million" if tokens >= 1e6 else f"{tokens:,.0f}"
+
+
+def text_of(records: Sequence[Record]) -> str:
+    """Of the first: the cell of the column `TEXT`."""
+    if not records:
+        return DASH
+    first = records[0]
+    return f"{millions(first['planned_tokens'])}; {millions(first['unique_tokens'])}; {first['epochs']:.2f}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

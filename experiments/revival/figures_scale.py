@@ -1,0 +1,90 @@
+"""The figure of rung B: the spread of pre-activations by layer, and the heads that have left the ceiling over steps."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+
+from plotting import common
+from revival import words
+from revival.figures import draw, stem
+from revival.records import Record, is_lost, numbers
+from revival.view import FOUR, View
+
+COLUMNS = 4
+WIDTH = common.WIDTHS[1]  # inches
+CEILING = 0.95  # of a head's largest possible entropy: below it, the head has left it
+Plot = Callable[[Axes, Sequence[Record]], None]
+
+
+def mechanism(view: View, rung: str, folder: Path) -> dict[str, Path]:
+    """Above, a panel an arm: spread by layer at the first and the last step. Below: share of heads that have left."""
+    if rung != "B":
+        return {}
+    arms = [("A", arm) for arm in FOUR] + [("B", arm) for arm in view.arms("B")]
+    found = {arm: view.own(source, arm) for source, arm in arms}
+    found = {arm: records for arm, records in found.items() if any(map(_measured, records))}
+    if not found:
+        return {}
+
+    def plot(fig: Figure) -> None:
+        rows = 2 * (-(-len(found) // COLUMNS))
+        common.set_height(fig, 0.9 + 1.55 * rows)
+        spread, left = fig.subfigures(2, 1, squeeze=False).ravel()
+        _panels(spread, found, _spread, "std of pre-activations")
+        spread.legend(handles=spread.axes[0].get_lines()[:2], loc="outside lower center", ncols=2)
+        _panels(left, found, _left, f"heads below {CEILING:g}\nof the ceiling (%)")
+
+    return {"scale": draw(folder / f"{stem(view, rung)}_scale.png", plot)}
+
+
+def _measured(record: Record) -> bool:
+    return not is_lost(record) and "pre_activation_std" in record and "left_ceiling" in record
+
+
+def _panels(fig: FigureBase, found: dict[str, list[Record]], plot: Plot, label: str) -> None:
+    """One panel an arm, all of one height."""
+    columns = min(COLUMNS, len(found))
+    axes = common.grid(fig, len(found), columns)
+    for i, (ax, (arm, records)) in enumerate(zip(axes, found.items(), strict=True)):
+        plot(ax, [r for r in records if _measured(r)])
+        gone = sum(map(is_lost, records))
+        title = common.wrapped(words.arm_words(arm), WIDTH / columns - 0.4)
+        ax.set_title(f"{title}\n{gone} of {len(records)} lost")
+        if i % columns == 0:
+            ax.set_ylabel(label)
+        if i:
+            ax.sharey(axes[0])
+
+
+def _spread(ax: Axes, records: Sequence[Record]) -> None:
+    """A thin line a run, first step dashed, last step solid."""
+    for record in records:
+        std = numbers(record["pre_activation_std"])
+        for i, (name, style) in enumerate((("first step", "--"), ("last step", "-"))):
+            layers = np.arange(std.shape[1])
+            ax.plot(layers, std[-i], style, color=common.COLOURS[i], linewidth=0.9, alpha=0.7, label=name)
+    ax.set_yscale("log")
+    ax.set_xticks(layers)
+    ax.set_xlabel("Layer")
+
+
+def _left(ax: Axes, records: Sequence[Record]) -> None:
+    """A line a run: it rises by a head's share at the step at which that head is first seen below."""
+    for record in records:
+        heads = [step for layer in record["left_ceiling"] for step in layer]
+        steps = sorted(step for step in heads if step is not None)
+        share = 100 * np.arange(1, len(steps) + 1) / len(heads)
+        ends = [0, *steps, record["last_step"]]
+        ax.step(
+            ends,
+            [0, *share, share[-1] if steps else 0],
+            where="post",
+            color=common.COLOURS[0],
+            linewidth=0.9,
+            alpha=0.7,
+        )
+    ax.set_ylim(-3, 103)
+    ax.set_xlabel("Step")

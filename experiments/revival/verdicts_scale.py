@@ -1,0 +1,134 @@
+"""Verdicts on rungs B and F: what the scale of the input explains, and what each deviation of the original does."""
+
+from collections.abc import Sequence
+
+from revival import words
+from revival.cases import (
+    absent,
+    lost_of,
+    not_paired,
+    not_there,
+    points,
+    preliminary,
+    quarters,
+    splits,
+    tokens_of,
+    unsettled,
+)
+from revival.records import Record
+from revival.statistics import Difference, paired
+from revival.view import View, overload
+
+CHANGED, BASE = "the changed arm", "the base on rung A"
+BOTH = ("+embed22.627", "+embed50", "-ffbias", "+depth")  # variants of GELU and of ReLU
+GELU_ONLY = ("+beta10", "+beta60")  # ReLU is the same at every scale of its input
+CONTROL = "ln+gelu+embed22.627"
+DEPTH = "+depth"  # a deviation of the original that rung B trains, at a rate of its own
+DEVIATIONS = ("-finalnorm", "+dropout", "+fp16", DEPTH)
+
+
+def scale(view: View) -> list[str]:
+    """How much of the advantage and of the overload does the scale of the input explain?"""
+    lines = [_scaled(view, variant, ("B", f"relu{variant}")) for variant in BOTH]
+    lines += [_scaled(view, variant, ("A", "relu")) for variant in GELU_ONLY]
+    return [*lines, _control(view)]
+
+
+def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
+    """ReLU against GELU where the scale was changed, and before."""
+    name = words.arm_words(f"gelu{variant}").partition(", ")[2]
+    name += " (ReLU is the same at every such scale)" if variant in GELU_ONLY else ""
+    gelu = ("B", f"gelu{variant}")
+    if missing := not_there(view, ReLU=relu, GELU=gelu):
+        return f"Without norms, {name}: {missing}."
+    ours, theirs = view.own(*relu), view.own(*gelu)
+    base_relu, base = view.own("A", "relu"), view.own("A", "gelu")
+    gone = f"{lost_of(ReLU=ours, GELU=theirs)}; on rung A {lost_of(ReLU=base_relu, GELU=base)}"
+    gone += not_paired(ours, theirs) + unsettled(view, ReLU=relu, GELU=gelu)
+    head = f"Without norms, {name}, {tokens_of(theirs)}, rates {words.rate_name(ours[0]['lr'])} and "
+    head += words.rate_name(theirs[0]["lr"])
+    before, after = view.gap(base_relu, base), view.gap(ours, theirs)
+    if after is None:
+        return f"{head}: no seed of which both survived and compare; {gone}."
+    change = paired(after.points, before.points) if before else None
+    return (
+        f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)} "
+        f"({quarters(view, ours, theirs)} of the run), {_explained(before, after, change)}; GELU alone: "
+        f"{_own(view, theirs, base)}; {gone}.{_against(after)}"
+    )
+
+
+def _explained(before: Difference | None, after: Difference, change: Difference | None) -> str:
+    """What became of the difference that was there before, with the paired interval of the change."""
+    if before is None or change is None:
+        return "and there is no seed that it can be compared with on rung A"
+    text = f"instead of {words.interval(before)} as on rung A, a change by {words.interval(change)}"
+    if before.sign == 0:
+        return f"{text} (before, it was not told apart from 0, so that no share of it can be explained)"
+    if before.mean * after.mean < 0:
+        turned = "the order turns round" if after.sign else "the mean changes its sign, but is not told apart from 0"
+        return f"{text}: {turned}"
+    gone = 100 * (1 - after.mean / before.mean)
+    kind = f"{gone:.0f} % of it is gone" if gone >= 0 else f"it grows by {-gone:.0f} %"
+    return f"{text}: {kind}, as a point estimate" + ("" if change.sign else "; no change is shown")
+
+
+def _own(view: View, ours: Sequence[Record], base: Sequence[Record]) -> str:
+    """How one arm's loss and overload differ from those of its base, seed by seed."""
+    shares = f"{words.mean(overload(base), 1, 100)} to {words.mean(overload(ours), 1, 100)} %"
+    change = words.interval(points(view.gap(ours, base, "overload")), 1)
+    return (
+        f"loss changes by {words.interval(view.gap(ours, base))} nats, overloaded heads from {shares} "
+        f"(paired: {change} percentage points)"
+    )
+
+
+def _against(after: Difference) -> str:
+    if after.sign <= 0:
+        return ""
+    return " **This contradicts the paper**, if its order is to hold whatever the scale: here GELU beats ReLU."
+
+
+def _control(view: View) -> str:
+    """Scaled embeddings where block norms take the scale out again."""
+    name = f"Control: {words.arm_words(CONTROL)}"
+    arms = {CHANGED: ("B", CONTROL), BASE: ("A", "ln+gelu")}
+    if not view.own("B", CONTROL):
+        return f"{name}: {absent(view, 'B', CONTROL)}."
+    return _changed(view, name, arms)
+
+
+def _changed(view: View, name: str, arms: dict[str, tuple[str, str]], theirs: Sequence[Record] | None = None) -> str:
+    """One arm against its base. `theirs`: the base's runs, where not those at its own rate."""
+    ours = view.own(*arms[CHANGED])
+    theirs = view.own(*arms[BASE]) if theirs is None else theirs
+    gone = lost_of(**{CHANGED: ours, BASE: theirs}) + not_paired(ours, theirs) + unsettled(view, **arms)
+    gap = view.gap(ours, theirs)
+    rates = f"rate {words.rate_name(ours[0]['lr'])}"
+    if gap is None:
+        return f"{name}, {tokens_of(ours)}, {rates}: no seed of which both survived and compare; {gone}."
+    what = {-1: "better", 1: "worse", 0: "not told apart"}[gap.sign]
+    shares = f"{words.mean(overload(theirs), 1, 100)} to {words.mean(overload(ours), 1, 100)} %"
+    change = words.interval(points(view.gap(ours, theirs, "overload")), 1)
+    return (
+        f"{preliminary(gap)}{name}, {tokens_of(ours)}, {rates}: {what}: the loss changes by "
+        f"{splits(view, ours, theirs)} ({quarters(view, ours, theirs)} of the run), overloaded heads from {shares} "
+        f"(paired: {change} percentage points); {gone}."
+    )
+
+
+def deviations(view: View) -> list[str]:
+    """What do the final norm and each deviation of the original do? Paired with rung A's runs of the same seeds."""
+    lines = []
+    for variant in DEVIATIONS:
+        for arm in ("gelu", "relu"):
+            rung = "B" if variant == DEPTH else "F"
+            name = words.arm_words(arm + variant) + (" (rung B, at its own best rate)" if rung == "B" else "")
+            ours = view.own(rung, arm + variant)
+            if not ours:
+                lines.append(f"{name}: {absent(view, rung, arm + variant)}.")
+                continue
+            arms = {CHANGED: (rung, arm + variant), BASE: ("A", arm)}
+            theirs = view.reported("A", arm, ours[0]["lr"]) if rung == "F" else None
+            lines.append(_changed(view, name, arms, theirs))
+    return lines

@@ -1,0 +1,160 @@
+"""How experiments/relu_revival.py runs its cells: in which order, on which device, within a budget, and what fails."""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fixtures.make_results  # noqa: F401  it puts experiments/ where imports find it
+import pytest
+from revival import pace, rungs, study
+from revival import records as store
+from revival import run as running
+from revival.cells import TUNING_SEED, Cell
+from revival.place import Place
+
+PYTHIA = rungs.base("gelu")
+
+
+def session(tmp_path: Path, scale: str = "short", **more: Any) -> running.Session:
+    options = running.Options(scale, Place((), "f00d"), tmp_path, tmp_path, False, (1,), **more)
+    return running.Session(options)
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+
+
+def taken(cell: Cell, seconds: float, **more: Any) -> dict[str, Any]:
+    made_of = {"rung": cell.rung, "tuning": cell.tuning, "planned_tokens": cell.recipe.tokens, "device": "H200"}
+    return made_of | {"status": "finished", "seconds": seconds} | more
+
+
+def test_no_cell_begins_that_would_pass_the_budget(tmp_path: Path) -> None:
+    found = session(tmp_path, "smoke", seconds=20, together=100)
+    assert len(found.ready()) == 2  # nine seconds each
+    found.pace.learn(rungs.smoke_cells()[0], taken(rungs.smoke_cells()[0], 2.0), 0.25)  # they turn out to be faster
+    assert len(found.ready()) == 4
+    late = session(tmp_path, "smoke", seconds=20, together=100, began=time.monotonic() - 10)
+    assert len(late.ready()) == 1  # preparing the text took half of it
+
+
+def test_expected_times_are_corrected_by_comparable_cells_only() -> None:
+    tuning, reported, gpt2 = PYTHIA.cell(1e-3, TUNING_SEED), PYTHIA.cell(1e-3, 1), next(rungs.short_c(EMPTY))
+    assert isinstance(gpt2, Cell)
+    found, expected = pace.Pace(), reported.recipe.seconds
+    found.learn(reported, taken(reported, 5.0, status="lost"), 0)
+    assert found.predicted(reported) == expected  # a run that ended early says nothing
+    found.learn(tuning, taken(tuning, expected / 2 - 10), 10)
+    assert found.predicted(tuning) == expected / 2
+    assert (found.predicted(reported), found.predicted(gpt2)) == (expected, gpt2.recipe.seconds)
+    found.learn(reported, taken(reported, 2 * expected), 0)
+    assert found.predicted(replace(reported, rung="B")) == 2 * expected
+    assert found.predicted(gpt2) == 1.25 * gpt2.recipe.seconds  # the middle of all, where that is slower
+
+
+def test_expected_times_begin_with_what_this_device_took_before() -> None:
+    cell = PYTHIA.cell(1e-3, 1)
+    found = pace.Pace()
+    found.recall([taken(cell, 300), taken(cell, 500), taken(cell, 900), taken(cell, 9, status="lost")], "H200")
+    assert found.predicted(cell) == 500 + pace.START
+    assert found.predicted(PYTHIA.cell(1e-3, TUNING_SEED)) == cell.recipe.seconds
+    other = pace.Pace()
+    other.recall([taken(cell, 500)], "A100")
+    other.recall([taken(cell, 1)], "H200")
+    assert other.predicted(cell) == cell.recipe.seconds  # the first may have to compile
+
+
+@pytest.mark.parametrize(("printed", "name"), [("H200\nH200\n", "H200"), ("H200\nT4\n", None), (None, None)])
+def test_the_device_is_named_as_records_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str | None, name: str | None
+) -> None:
+    if printed is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pace.device_name(("0", "1")) == name
+    assert pace.device_name(())
+
+
+EMPTY = study.Results([], "f00d", (1,))
+
+
+# -- order and place ---------------------------------------------------------------------------------------------------
+
+
+def test_later_rungs_are_held_back_while_rates_of_earlier_ones_may_be_settled(tmp_path: Path) -> None:
+    """An idle GPU waits a minute for the rates of rung A, not seven for a cell of rung C."""
+    found = session(tmp_path, together=1000)
+    rates = [cell for cell in found.ready() if cell.rung == "A"]
+    assert all(cell.tuning for cell in rates)
+    found.failed |= {cell.name for cell in rates[1:]}
+    assert found.ready()[0] == rates[0]
+    found.running[rates[0].name] = rates[0]
+    assert found.ready() == []
+    del found.running[rates[0].name]
+    found.failed.add(rates[0].name)  # nothing that is under way could settle a rate
+    assert found.ready()[0].rung == "C"
+    found.running[found.ready()[0].name] = found.ready()[0]
+    assert found.ready()[0].rung == "C"
+
+
+def test_a_process_without_a_gpu_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert running.environment("1")["CUDA_VISIBLE_DEVICES"] == "1"
+    assert running.environment(None)["CUDA_VISIBLE_DEVICES"] == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+CHILD = """
+import json, sys
+tasks = json.load(open(sys.argv[1]))
+for task in tasks["cells"]:
+    if task["arm"] == sys.argv[0].rpartition("_")[2]:
+        sys.exit("out of memory")
+    record = {name: task[name] for name in ("key", "name", "rung", "arm", "lr", "seed", "tuning")}
+    record |= {"status": "finished", "lost": None, "val_loss": 2.5, "seconds": 1.0}
+    with open(f"{tasks['out']}/smoke/A.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\\n")
+"""
+
+
+def test_a_cell_that_fails_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers, a process a cell, of which that of GELU fails; the next call trains only what is missing."""
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    (out / "smoke").mkdir(parents=True)
+    runs.mkdir()
+    options = running.Options("smoke", Place((), "f00d"), out, runs, False, (1,), gpus=("0", "1"))
+    for name, code, n in (("child_gelu", 1, 3), ("child_none", 0, 4)):
+        monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / name)))
+        (tmp_path / name).write_text(CHILD)
+        assert running.run(options) == code
+        printed = capsys.readouterr().out
+        assert ("A/gelu/lr5e-3/s1: failed with exit code 1" in printed) == bool(code)
+        assert ("out of memory" in printed) == bool(code)
+        assert len(store.read(out, "smoke")) == n
+    assert not list(runs.iterdir())
+    other = tmp_path / "other"
+    assert list(store.merge(out, other).values()) == [4]
+    assert list(store.merge(out, other).values()) == [0]
+    elsewhere = running.Options("smoke", Place((), "f00d"), tmp_path / "new", runs, False, (1,), known=(other,))
+    assert running.Session(elsewhere).ready() == []
+
+
+def test_a_cell_that_fails_takes_none_along_that_its_process_never_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    (out / "smoke").mkdir(parents=True)
+    runs.mkdir()
+    (tmp_path / "child_ln+relu").write_text(CHILD)  # the second of four
+    monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / "child_ln+relu")))
+    assert running.run(running.Options("smoke", Place((), "f00d"), out, runs, False, (1,), together=100)) == 1
+    assert [record["arm"] for record in store.read(out, "smoke")] == ["ln+gelu", "gelu", "relu"]
+    assert "3 cells in 0.0 minutes; 1 failed" in capsys.readouterr().out
