@@ -119,8 +119,8 @@ def measure(
     for name in names:
         entrants[name], models[name] = build(case, name, corpus, parts, late)
     row: dict[str, Any] = {"case": case, "batch": CASES[case][0], "T": CASES[case][1], "models": models}
-    row |= {"flops_per_token": flops_per_token(configuration(case, "ln").model, row["T"]), "rates": [], "kernels": {}}
-    row["sustained_rates"] = []
+    row |= {"flops_per_token": flops_per_token(configuration(case, "ln").model, row["T"]), "kernels": {}}
+    row |= {"rates": [], "sustained_rates": []}
     for r in range(rounds):
         if r and late():
             break

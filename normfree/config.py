@@ -126,7 +126,9 @@ class OptimConfig:
     beta2: float = key(0.95, "decay of the second moment")
     eps: float = key(1e-8, "AdamW's epsilon")
     weight_decay: float = key(0.1, "decoupled decay of matrices and embeddings")
-    decay_slopes: bool | float = key(False, "decay of learned slopes: false, true (as matrices: the original), a decay")
+    decay_slopes: bool | float = key(
+        False, "decay of learned slopes: false, true (as matrices, as in the original), a number"
+    )
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping")
     schedule: str = key("cosine", "learning rate after warm-up")
     warmup_steps: int | None = key(None, "linear warm-up; null: warmup_fraction of the run")

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = (
-    1 << 20
-)  # scores held at a time, unless one row has more: few calls, 4 MiB in fp32, which the caches hold
+# Scores held at a time, unless one row has more: few calls, and 4 MiB in fp32, which the caches hold.
+TILE_ELEMENTS = 1 << 20
 LOWEST = -80.0  # of s - m. e^-80 is no denormal, at which exp is five times slower, and e^x x at -inf would be NaN
 
 

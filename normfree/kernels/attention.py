@@ -40,6 +40,9 @@ def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("normfree::packed_attention", mutates_args=())
 def _packed_attention(qkv: Tensor, heads: int, scale: float, look: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The output; for the backward pass over long rows their largest products and log2 of their sums, (2, B, H, T);
+    and where `look` the rows of `packed_attention`. Empty tensors where there is nothing to tell.
+    """
     nothing = qkv.new_empty(0, dtype=torch.float32)
     if qkv.is_cuda and qkv.size(1) <= SHORT:
         from normfree.kernels import attention_triton

@@ -74,7 +74,8 @@ def _row_peak(x):
 def _write_rows(ROWS, n, place, inside, m, z, w, sink, q, k):
     """A block's rows of `normfree.diagnostics.census`: entropy, lse, largest score, sink mass, peaks of q and k.
 
-    m is the largest score in bits, z and w are the sums of 2^t and t 2^t."""
+    m is the largest score in bits, z and w are the sums of 2^t and t 2^t.
+    """
     log2_z = tl.log2(z)
     tl.store(ROWS + place, 0.6931471805599453 * (log2_z - w / z), mask=inside)
     tl.store(ROWS + n + place, 0.6931471805599453 * (m + log2_z), mask=inside)

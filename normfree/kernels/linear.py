@@ -44,7 +44,7 @@ BESIDE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "relu2": _relu2,
     "silu": _silu,
 }
-ACTS = ("relu", *BESIDE)
+ACTS = ("relu", *BESIDE)  # what `feed_forward` takes
 
 
 def _half(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

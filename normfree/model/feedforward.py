@@ -11,8 +11,8 @@ from normfree.model.linear import Linear
 class MLP(nn.Module):
     """proj(act(fc(x))): (B, T, C) -> (B, T, C). `act` may be shared with other blocks.
 
-    On the fast path an activation that can do so runs inside the matrix products, unless `open`: then fc, act and proj
-    are called, and what lies between them can be seen.
+    On the fast path an activation that can do so runs inside the matrix products or beside them, unless `open`: then
+    fc, act and proj are called, and what lies between them can be seen.
     """
 
     def __init__(self, config: ModelConfig, act: nn.Module) -> None:
