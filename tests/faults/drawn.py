@@ -54,11 +54,11 @@ def allowed(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from([default, *CHOICES[name]])
     if name in RANGES:
         low, high, low_ok, high_ok = RANGES[name]
-        if isinstance(default, int):
+        if isinstance(default, int) and not isinstance(default, bool):
             return st.integers(int(low), int(min(high, 2**63 - 1)))
         high = 1e6 if math.isinf(high) else high
         floats = st.floats(low, high, exclude_min=not low_ok, exclude_max=not high_ok, allow_subnormal=False)
-        return st.one_of(st.just(default), floats)
+        return st.one_of(st.booleans() if isinstance(default, bool) else st.just(default), floats)
     if isinstance(default, bool):
         return st.booleans()
     return st.just(default) if default is None else st.one_of(st.just(default), st.text(st.characters(codec="utf-8")))

@@ -34,7 +34,8 @@ def bad_value(name: str) -> st.SearchStrategy:
         wrong += [st.text(min_size=1).filter(lambda text: text not in CHOICES[name] and text not in ("true", "false"))]
     elif name in RANGES:
         low, high, low_ok, high_ok = RANGES[name]
-        wrong += [st.sampled_from([math.nan, -math.inf, low - 1, "3", True] + ([] if low_ok else [low, -0.0]))]
+        wrong += [st.sampled_from([math.nan, -math.inf, low - 1, "3"] + ([] if low_ok else [low, -0.0]))]
+        wrong += [] if isinstance(DEFAULTS[name], bool) else [st.just(True)]  # optim.decay_slopes: a switch or a number
         wrong += [st.just(math.inf if math.isinf(high) else high if not high_ok else high * 2 + 1)]
     return st.one_of(wrong)
 
