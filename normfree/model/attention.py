@@ -44,14 +44,15 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor, offset: int) -> Tensor:
-        """Turn x (B, H, T, D), whose first position is `offset`."""
-        dim, end = self.cos.size(1), offset + x.size(2)
-        turned, kept = x[..., :dim], x[..., dim:]
+    def forward(self, qkv: Tensor, offset: int) -> Tensor:
+        """Turn the queries and keys of qkv (B, T, 3, H, D), whose first position is `offset`; values stay."""
+        dim, end = self.cos.size(1), offset + qkv.size(1)
+        cos, sin = self.cos[offset:end, None, None], self.sin[offset:end, None, None]  # (T, 1, 1, rotary_dim)
+        turned, kept = qkv[:, :, :2, :, :dim], qkv[:, :, :2, :, dim:]
         half_1, half_2 = turned.chunk(2, dim=-1)
-        rotated = torch.cat((-half_2, half_1), dim=-1)
-        turned = turned * self.cos[offset:end] + rotated * self.sin[offset:end]
-        return torch.cat((turned.to(x.dtype), kept), dim=-1)
+        turned = turned * cos + torch.cat((-half_2, half_1), dim=-1) * sin
+        queries_and_keys = torch.cat((turned.to(qkv.dtype), kept), dim=-1)
+        return torch.cat((queries_and_keys, qkv[:, :, 2:]), dim=2)
 
 
 class QKVLinear(nn.Module):
@@ -125,16 +126,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
+        offset = 0 if cache is None else cache.length
         qkv = self.qkv(x)  # (B, T, 3C)
+        if rotary is not None:
+            qkv = rotary(qkv.view(B, T, 3, self.n_head, -1), offset).flatten(2)  # (B, T, 3, H, D) -> (B, T, 3C)
         q, k, v = qkv.split(C, dim=-1)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        offset = 0 if cache is None else cache.length
-        if rotary is not None:
-            q, k = rotary(q, offset), rotary(k, offset)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, offset + T, D)
-        packed = qkv if rotary is None and cache is None else None
-        y = self.inner_attention(q, k, v, q_offset=offset, packed=packed)
+        y = self.inner_attention(q, k, v, q_offset=offset, packed=qkv if cache is None else None)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))

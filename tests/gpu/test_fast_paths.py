@@ -123,9 +123,11 @@ def test_the_loss_over_several_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize(("norm", "act"), [("none", "relu"), ("layernorm", "gelu_tanh"), ("none", "gelu")])
-def test_gradients_of_a_model_are_as_near_to_the_exact_ones_as_the_plain_paths(norm, act, compiled):
-    config = ModelConfig(norm=norm, act=act, n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=4096)
+def test_gradients_of_a_model_are_as_near_to_the_exact_ones_as_the_plain_paths(norm, act, positions, compiled):
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 128, "vocab_size": 4096}
+    config = ModelConfig(norm=norm, act=act, positions=positions, rotary_pct=0.25, **shape)
     idx = torch.randint(0, 4096, (16, 128), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
 
     def step(fast, half=True):

@@ -115,9 +115,11 @@ def test_a_models_fast_paths_change_rounding_alone(norm, act):
     assert not g_fast.equal(g_plain)
 
 
-def test_what_the_fast_attention_saw_is_what_diagnostics_find_themselves(monkeypatch):
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_what_the_fast_attention_saw_is_what_diagnostics_find_themselves(monkeypatch, positions):
     monkeypatch.setattr(attention, "expressible", lambda qkv, heads: True)
-    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128))
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 128}
+    model = Transformer(ModelConfig(positions=positions, rotary_pct=0.5, **shape))
     init_weights(model, 0)
     recorder = Recorder(model, [name for name in STATISTICS if is_forward(name)], 16)
     idx = torch.arange(64).view(4, 16) % 100

@@ -292,8 +292,8 @@ def test_rotary_scores_depend_on_the_distance_alone(share):
     config = ModelConfig(**(SHAPE | {"block_size": 40}), positions="rotary", rotary_pct=share)
     rotary = Rotary(config)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(2)).unbind(0)
-    everywhere = torch.ones(1, 1, 40, 1)
-    turned_q, turned_k = rotary(everywhere * q, 0)[0, 0], rotary(everywhere * k, 0)[0, 0]  # (40, D)
+    packed = torch.stack((q, k, k)).view(1, 1, 3, 1, -1)
+    turned_q, turned_k, value = rotary(packed.expand(1, 40, 3, 1, -1), 0)[0, :, :, 0].unbind(1)  # (40, D) each
     scores = turned_q @ turned_k.T
     for distance in range(40):
         diagonal = scores.diagonal(-distance)
@@ -302,7 +302,8 @@ def test_rotary_scores_depend_on_the_distance_alone(share):
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(40))
     assert torch.equal(turned_q[0], q)
     assert torch.equal(turned_q[:, config.rotary_dim :], q[config.rotary_dim :].expand(40, -1))
-    assert torch.equal(rotary(q.view(1, 1, 1, -1), 17)[0, 0, 0], turned_q[17])
+    assert torch.equal(value, k.expand(40, -1))
+    assert torch.equal(rotary(packed, 17)[0, 0, 0, 0], turned_q[17])
 
 
 def test_rotary_leaves_no_tensor_in_a_checkpoint():
