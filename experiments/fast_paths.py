@@ -82,19 +82,24 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(64, "this trains on a GPU, and PyTorch sees no CUDA device here\n")
-    rows = []
+    rows: list[dict] = []
     for norm, act in (("none", "relu"), ("none", "gelu"), ("layernorm", "gelu_tanh")):
         with machine.process_flags(False):
             rows.append(study(norm, act, options.steps))
-        row = rows[-1]
-        away = ", ".join(f"{name} {value:.4f}" for name, value in row["from_plain"].items())
-        print(f"{norm} {act}: last {WINDOW} steps, plain: {row['plain'][0][-1]:.4f}; largest difference of a window, ")
-        print(f"   between seeds {row['between_seeds']:.4f}; from the plain path: {away}", flush=True)
+        print_row(rows[-1])
+        if options.out:  # after each, so that a run that is stopped keeps what it has
+            about = {"device": torch.cuda.get_device_name(), "versions": versions()}
+            text = json.dumps(about | provenance() | {"window": WINDOW, "rows": rows}, indent=2)
+            Path(options.out).write_text(text + "\n")
+    for row in rows:
         assert max(row["from_plain"].values()) <= row["between_seeds"], "a fast path does more than another seed"
-    if options.out:
-        about = {"device": torch.cuda.get_device_name(), "versions": versions()}
-        with open(options.out, "w") as file:
-            json.dump(about | provenance() | {"window": WINDOW, "rows": rows}, file, indent=2)
+
+
+def print_row(row: dict) -> None:
+    away = ", ".join(f"{name} {value:.4f}" for name, value in row["from_plain"].items())
+    last = row["plain"][0][-1]
+    print(f"{row['norm']} {row['act']}: last {WINDOW} steps, plain: {last:.4f}; largest difference of a window, ")
+    print(f"   between seeds {row['between_seeds']:.4f}; from the plain path: {away}", flush=True)
 
 
 if __name__ == "__main__":
