@@ -26,8 +26,8 @@ from normfree.config import Config, resolve, resolve_vocabulary
 from normfree.data.packing import prepare
 from normfree.training import machine
 from normfree.training.loop import Trainer
+from normfree.training.provenance import provenance, versions
 from normfree.training.record import Due
-from normfree.training.session import provenance, versions
 
 STEPS = 10  # of a variant at a time
 

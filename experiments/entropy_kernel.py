@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from normfree.diagnostics import attention_entropy
-from normfree.training.session import provenance, versions
+from normfree.training.provenance import provenance, versions
 
 SHAPES = ((512, 128), (64, 1024), (8, 8192))  # B x T = 65 536
 HEADS, HEAD_DIM, SCALE = 12, 64, 64**-0.5

@@ -21,8 +21,8 @@ from normfree.model.linear import Linear
 from normfree.model.losses import CrossEntropy
 from normfree.training import machine
 from normfree.training.loop import Trainer
+from normfree.training.provenance import provenance, versions
 from normfree.training.record import Due
-from normfree.training.session import provenance, versions
 
 PATHS = {"loss": (CrossEntropy,), "attention": (InnerAttention,), "products": (Linear, QKVLinear, MLP)}
 WINDOW = 50

@@ -52,7 +52,7 @@ from speed_turns import (
 from normfree.config import Config
 from normfree.data.packing import Corpus, prepare
 from normfree.training import machine
-from normfree.training.session import provenance, versions
+from normfree.training.provenance import provenance, versions
 
 Late = Callable[[], bool]
 

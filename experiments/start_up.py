@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from normfree.training.session import provenance, versions
+from normfree.training.provenance import provenance, versions
 
 RUN = Path(__file__).parents[1] / "run.py"
 SHORT = ["train.max_steps=2", "log.every=1", "log.figures=false", "train.eval_every=0", "train.checkpoint_every=0"]

@@ -35,8 +35,8 @@ from normfree.runs import is_checkpoint, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
 from normfree.training.evaluation import loss_metrics
 from normfree.training.machine import DTYPES
+from normfree.training.provenance import versions
 from normfree.training.record import elements_by_site
-from normfree.training.session import versions
 
 KIND = "evaluation"  # in run.json: such a directory is replaced by the same command again
 SPLITS = ("val", "val_package", "train")

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from normfree.config import IGNORED, Config
 from normfree.data.batches import Batches, evaluation_rows
 from normfree.data.packing import Corpus
-from normfree.diagnostics.hooks import ParameterRecorder, Recorder, is_forward
+from normfree.diagnostics.hooks import Recorder, is_forward
 from normfree.diagnostics.inject import Injector
+from normfree.diagnostics.parameters import ParameterRecorder
 from normfree.diagnostics.ring import Entry, Ring
 from normfree.model import Transformer, init_weights
 from normfree.tables import STATISTICS

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from normfree.config import Config
-from normfree.diagnostics.hooks import ParameterRecorder, Recorder
+from normfree.diagnostics.hooks import Recorder
+from normfree.diagnostics.parameters import ParameterRecorder
 from normfree.records import RunWriter, read_records
 from normfree.runs import SITES
 from normfree.training.alarms import OF_NUMBERS, Event, HeadAlarm, ResidualAlarm, first_fault

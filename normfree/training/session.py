@@ -1,29 +1,23 @@
-"""A run around the training loop: which directory, where to start, what it says at the end."""
+"""A run around the training loop: what it says at the beginning, what it keeps when it stops, what at the end."""
 
 import contextlib
 import math
-import os
 import platform
-import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from tqdm import tqdm
 
-import normfree
 from normfree import heads
-from normfree.config import Config, other_differences, weights_differences, weights_hash
+from normfree.config import Config, other_differences
 from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
-from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DISK, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
+from normfree.errors import EXIT_DIRECTORY, EXIT_DISK, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
 from normfree.records import RunWriter, truncate
 from normfree.runs import checkpoint_name, is_run, load_run, norm_label
@@ -32,107 +26,19 @@ from normfree.training import machine
 from normfree.training.alarms import Event
 from normfree.training.autopsy import keep_postmortem
 from normfree.training.faults import Diverged
-from normfree.training.locking import LOCK, alone
+from normfree.training.locking import alone
 from normfree.training.loop import Trainer
 from normfree.training.postmortem import fault_entry
+from normfree.training.provenance import provenance, versions
 from normfree.training.record import Record
 from normfree.training.signals import Preempted
+from normfree.training.starting import RunResult, default_run_dir, ended, starting_point
 from normfree.training.summary import closing_table
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
 NO_MEMORY = ("can't allocate memory", "not enough memory")  # how the CPU's allocator says so
-COMMAND_VARIABLE = "NORMFREE_COMMAND"  # the command as typed, also for the workers of a parallel sweep
 REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended (finished, diverged, preempted), its exit code, last validation loss and directory."""
-
-    status: str
-    exit_code: int
-    metric: float
-    run_dir: Path
-
-
-def default_run_dir(config: Config) -> Path:
-    return Path("runs") / f"{config.name}-{weights_hash(config)}-s{config.seed}"
-
-
-def differences(config: Config, run_dir: Path) -> list[str]:
-    """What keeps `config` from being the run in `run_dir`, its length aside."""
-    found = weights_differences(config, load_run(run_dir).config)
-    return [d for d in found if not d.startswith("train.max_steps:")]
-
-
-def plugin_hashes(plugins: list[dict[str, str]]) -> set[str]:
-    return {plugin["sha256"] for plugin in plugins}
-
-
-def ended(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> RunResult | None:
-    """What an earlier, ended run of this configuration came to; None where there is something left to train."""
-    if not is_run(run_dir) or differences(config, run_dir):
-        return None
-    status = load_run(run_dir).status
-    if plugin_hashes(status.get("plugins", [])) != plugin_hashes(plugins):
-        return None
-    last = status.get("last_step", 0)
-    if status.get("status") == "finished" and last >= config.train.max_steps and not _damaged(run_dir, last):
-        return RunResult("finished", EXIT_OK, status.get("val/loss", math.nan), run_dir)
-    if status.get("status") == "diverged":
-        return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
-    return None
-
-
-def _precedes_a_run(path: Path) -> bool:
-    """Whether it is what a process leaves that died before it had written config.yaml."""
-    if path.name == "arrays":
-        return path.is_dir() and not any(path.iterdir())
-    return path.name == LOCK or path.name.startswith(".config.yaml.")
-
-
-def _damaged(run_dir: Path, step: int) -> bool:
-    """Whether checkpoint `step` is there and not whole; one that a user removed is not missed."""
-    path = run_dir / "checkpoints" / checkpoint_name(step)
-    if not path.exists():
-        return False
-    try:
-        ckpt.verify(path)
-    except UserError:
-        return True
-    return False
-
-
-def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start. Refuses a directory that is another run's."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir={run_dir} is a file.", EXIT_DIRECTORY)
-    if not run_dir.exists() or all(_precedes_a_run(path) for path in run_dir.iterdir()):
-        return None
-    if not is_run(run_dir):
-        raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
-    run = load_run(run_dir)
-    # Asked for by name, a run may be made longer; a new command means exactly what it says.
-    found = differences(config, run_dir) if config.resume else weights_differences(config, run.config)
-    used = run.status.get("plugins", [])
-    if plugin_hashes(used) != plugin_hashes(plugins):
-        names = ", ".join(p["path"] for p in used) or "none"
-        found.append(f"plug-ins: other files, or other contents, than that run's ({names})")
-    if found:
-        raise UserError(
-            f"run_dir={run_dir} is a run of another configuration; two runs are never mixed. Choose another run_dir "
-            "(null names one by itself). Here, not there:\n  " + "\n  ".join(found),
-            EXIT_DIRECTORY,
-        )
-    good = ckpt.newest_good(run_dir, finite=config.nan_policy != "log")
-    if good is None and run.checkpoints:
-        raise UserError(
-            f"run_dir={run_dir}: none of its {len(run.checkpoints)} checkpoints is whole and finite, so the run cannot "
-            "go on, and starting again would overwrite its record. Move it away, or choose another run_dir.",
-            EXIT_CHECKPOINT,
-        )
-    return None if good is None else good[1]
 
 
 @contextlib.contextmanager
@@ -150,31 +56,6 @@ def memory_in_words(config: Config) -> Iterator[None]:
             "the size of the model.",
             EXIT_MEMORY,
         ) from error
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "normfree": normfree.__version__,
-    }
-
-
-def provenance() -> dict[str, str | None]:
-    """What was typed, and the commit of this code (`+` where files differ from it); null outside a checkout."""
-    command = os.environ.get(COMMAND_VARIABLE) or shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    here = Path(normfree.__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout: installed from elsewhere
-        return {"command": command, "commit": None}
-    return {"command": command, "commit": commit}
 
 
 def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None = None) -> RunResult:

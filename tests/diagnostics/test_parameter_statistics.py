@@ -5,7 +5,8 @@ import torch
 
 from normfree.config import ModelConfig
 from normfree.diagnostics import STATISTICS
-from normfree.diagnostics.hooks import ParameterRecorder, is_forward
+from normfree.diagnostics.hooks import is_forward
+from normfree.diagnostics.parameters import ParameterRecorder
 from normfree.model import Transformer, init_weights
 
 LAYERS = 2
