@@ -107,9 +107,9 @@ def count_non_finite(x: Tensor, gate: Tensor) -> Tensor:
     costs a healthy step next to nothing.
     """
     if _on_cuda(x):
-        from normfree.diagnostics import entropy_triton
+        from normfree.diagnostics import counts_triton
 
-        return entropy_triton.count_non_finite(x, gate)
+        return counts_triton.count_non_finite(x, gate)
     if gate.isfinite():
         return torch.zeros(1, 2, dtype=torch.int64, device=x.device)
     return torch.stack([x.isnan().sum(), x.isinf().sum()])[None]
@@ -118,16 +118,16 @@ def count_non_finite(x: Tensor, gate: Tensor) -> Tensor:
 def count_many(tensors: list[Tensor], gates: Tensor) -> Tensor:
     """`count_non_finite` of each tensor, all contiguous, with a gate each: (tensors, 2) int64."""
     if _on_cuda(tensors[0]):
-        from normfree.diagnostics import entropy_triton
+        from normfree.diagnostics import counts_triton
 
-        return entropy_triton.count_many(tensors, gates)
+        return counts_triton.count_many(tensors, gates)
     return torch.cat([count_non_finite(t, gate) for t, gate in zip(tensors, gates.unbind(), strict=True)])
 
 
 @count_non_finite.register_fake
 def _(x: Tensor, gate: Tensor) -> Tensor:
     if _on_cuda(x):
-        from normfree.diagnostics.entropy_triton import COUNTERS
+        from normfree.diagnostics.counts_triton import COUNTERS
 
         return x.new_empty((COUNTERS, 2), dtype=torch.int64)
     return x.new_empty((1, 2), dtype=torch.int64)
