@@ -1,4 +1,4 @@
-"""What looking inside costs a training step: python experiments/diagnostics_cost.py [--out FILE.json] [--profile]
+"""What looking inside costs a training step: python experiments/diagnostics_cost.py [--out FILE.json] [--plain]
 
 GPT-2 small (124 M parameters, vocabulary 50 304) without norms, ReLU, bf16, compiled, on a GPU: whole training steps of
 the trainer itself, on text, all variants in one process and interleaved, medians over rounds. The variants:
@@ -10,7 +10,7 @@ the trainer itself, on text, all variants in one process and interleaved, median
     tenth      diagnostics.watch=off and everything recorded at every tenth step
 
 Without a GPU it is the default job (nano, 16 x 128, fp32, eager) on the CPU: read the ratios, on an idle machine.
-`--profile` prints the kernels that `all` adds.
+`--plain` measures with train.fast=false; `--profile` prints the kernels that `all` adds.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def configuration(batch: int, T: int) -> Config:
+def configuration(batch: int, T: int, plain: bool = False) -> Config:
     config = Config()
     config.model.norm, config.model.act = "none", "relu"
     config.train.batch_size, config.data.seq_len, config.train.max_steps = batch, T, 10**6
@@ -48,14 +48,15 @@ def configuration(batch: int, T: int) -> Config:
         config.train.precision, config.optim.lr = "fp32", 1e-4
         return resolve(config)
     config.model.n_layer, config.model.n_head, config.model.n_embd, config.model.block_size = 12, 12, 768, 1024
-    config.model.vocab_size = 50304
+    # GPT-2's numbers: in a vocabulary that is mostly unused the head's products would be of zeros, which take less.
+    config.model.vocab_size, config.model.vocab_used = 50304, 50257
     config.optim.lr = 1e-4  # safe: a lost run would measure NaN
-    config.train.precision, config.train.compile = "bf16", True
+    config.train.precision, config.train.compile, config.train.fast = "bf16", True, not plain
     return resolve(config)
 
 
-def build(batch: int, T: int, hooks: bool) -> Trainer:
-    config = configuration(batch, T)
+def build(batch: int, T: int, hooks: bool, plain: bool) -> Trainer:
+    config = configuration(batch, T, plain)
     corpus = prepare(config.data)
     resolve_vocabulary(config, corpus.tokenizer.n_vocab)
     trainer = Trainer(config, corpus, Path("unused"), DEVICE)
@@ -88,12 +89,12 @@ class Variant:
         return 1000 * (time.perf_counter() - began) / steps
 
 
-def measure(batch: int, T: int, rounds: int, profile: bool) -> dict[str, Any]:
+def measure(batch: int, T: int, rounds: int, plain: bool, profile: bool) -> dict[str, Any]:
     # Two models of one shape share compiled graphs, unless the graph's guards ask for hooks.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    hooked, plain = build(batch, T, hooks=True), build(batch, T, hooks=False)
+    hooked, bare = build(batch, T, hooks=True, plain=plain), build(batch, T, hooks=False, plain=plain)
     variants = {
-        "no hooks": Variant(plain, "off"),
+        "no hooks": Variant(bare, "off"),
         "off": Variant(hooked, "off"),
         "residual": Variant(hooked, "residual"),
         "all": Variant(hooked, "all"),
@@ -109,7 +110,7 @@ def measure(batch: int, T: int, rounds: int, profile: bool) -> dict[str, Any]:
             times[name].append(variant.run(STEPS))
     if profile:
         print_profile(variants)
-    assert int(hooked.flag.bad_steps) == int(plain.flag.bad_steps) == 0, "the steps were not finite"
+    assert int(hooked.flag.bad_steps) == int(bare.flag.bad_steps) == 0, "the steps were not finite"
     medians = {name: float(np.median(values)) for name, values in times.items()}
     row: dict[str, Any] = {"batch": batch, "T": T, "ms": medians}
     # Round by round against the neighbour in time, so that a drift of the clock cancels.
@@ -146,20 +147,24 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE.json")
     parser.add_argument("--shapes", nargs="+", default=["512x128", "64x1024"] if DEVICE.type == "cuda" else ["16x128"])
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    shapes = [shape.split("x") for shape in options.shapes]
+    if wrong := [s for s in shapes if len(s) != 2 or not all(n.isdecimal() for n in s)]:
+        parser.error(f"--shapes {'x'.join(wrong[0])}: sequences x tokens, as in 512x128")
     rows = []
-    for shape in options.shapes:
-        batch, T = map(int, shape.split("x"))
+    for batch, T in shapes:
         with machine.process_flags(False):
-            rows.append(measure(batch, T, options.rounds, options.profile))
+            rows.append(measure(int(batch), int(T), options.rounds, options.plain, options.profile))
     for row in rows:
         print(f"{row['batch']} x {row['T']}: " + ", ".join(f"{n} {v:.2f} ms" for n, v in row["ms"].items()))
         print("   " + ", ".join(f"{n} {v:+.2f} %" for n, v in row["percent"].items()))
     if options.out:
         about = {"device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu", "versions": versions()}
+        settings = {"plain": options.plain, "rounds": options.rounds, "steps": STEPS}
         with open(options.out, "w") as file:
-            json.dump(about | provenance() | {"rounds": options.rounds, "steps": STEPS, "rows": rows}, file, indent=2)
+            json.dump(about | provenance() | settings | {"rows": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """How fast a training step is, beside its peers, and where its time goes: python experiments/speed.py [--out FILE.json]
 
 On a GPU: bf16 autocast, fp32 weights and residual stream, forward + backward + clip + fused AdamW, vocabulary 50 304,
-text. All models of a case live in one process and take turns, round by round; a ratio is the median over rounds of
-that round's two times. A turn of ours is `diagnostics.every` steps of the trainer itself with what it does by default:
-entropy and counts at every step, at one of them a full record and its probe. Reading a record on the host and writing
-it to disk are left out, and so are evaluation and checkpoints. The models:
+text. All models of a case live in one process and take turns, round by round (on the CPU a model and its peer do, pair
+after pair); a ratio is the median over rounds of that round's two times. A turn of ours is `diagnostics.every` steps of
+the trainer itself with what it does by default: entropy and counts at every step, at one of them a full record and its
+probe. Reading a record on the host and writing it to disk are left out, and so are evaluation and checkpoints. The
+models:
 
     ln, none              ours: LayerNorm + the family's GELU, and no norms in the blocks + ReLU
     ln-plain, none-plain  the same with train.fast=false
@@ -29,6 +30,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,6 @@ from speed_turns import (
     synchronize,
 )
 
-from normfree.config import Config
 from normfree.data.packing import Corpus, prepare
 from normfree.training import machine
 from normfree.training.provenance import provenance, versions
@@ -143,7 +144,7 @@ def measure_cpu(names: list[str], rounds: int, late: Late) -> dict[str, Any]:
     cpu = torch.device("cpu")
     row: dict[str, Any] = {"case": "cpu", "batch": CASES["cpu"][0], "T": CASES["cpu"][1], "models": {}, "operators": {}}
     row["threads"] = torch.get_num_threads()
-    for name in [name for name in names if f"peer-{name}" in names]:
+    for name in [name for name in names if not name.startswith("peer-")]:
         ours = entrant("cpu", name, prepare(configuration("cpu", name).data), cpu)
         assert isinstance(ours, Ours)
         config = ours.trainer.config
@@ -180,23 +181,34 @@ def save(out: str | None, options: argparse.Namespace, rows: list[dict[str, Any]
 
 
 def selected(case: str, only: list[str] | None) -> list[str]:
-    """The models of a case that are measured."""
+    """The models of a case that are measured; on the CPU pairs, which take turns."""
     names = [name for name in CASES[case][3] if only is None or name in only]
-    if not hasattr(Config().train, "fast"):
-        names = [name for name in names if not name.endswith("-plain")]
-    return names
+    return names if case != "cpu" else [name for name in names if pair(name) in names]
+
+
+def pair(name: str) -> str:
+    return name.removeprefix("peer-") if name.startswith("peer-") else f"peer-{name}"
 
 
 def arguments() -> argparse.Namespace:
     default = [case for case in CASES if (case == "cpu") == (DEVICE.type == "cpu")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="FILE.json", help="written after each round")
+    parser.add_argument("--out", metavar="FILE.json", help="written after each round; on the CPU after the case")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=default)
     parser.add_argument("--only", nargs="+", choices=LABELS, metavar="MODEL", help="these models; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2], help="what compiled peers try; default: 1 2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds: at least 1")
+    if options.out and not Path(options.out).parent.is_dir():
+        parser.error(f"--out {options.out}: there is no such folder")
+    sizes = [CASES[case][0] for case in options.cases]
+    if bad := [n for n in options.parts if n < 1 or any(size % n for size in sizes)]:
+        parser.error(f"--parts {bad[0]}: a batch must fall into that many equal parts")
+    if empty := [case for case in options.cases if not selected(case, options.only)]:
+        parser.error(f"--only leaves nothing to measure of {empty[0]}; on the CPU it must name a model and its peer")
     if wrong := [case for case in options.cases if case not in default]:
         parser.error(f"--cases {wrong[0]}: with a GPU there is all but cpu, without one (CUDA_VISIBLE_DEVICES='') cpu")
     return options

@@ -12,7 +12,7 @@ FUSED = r"^triton_(poi|red|per)_fused_"
 _MOVES = "_to_copy|clone|cat|copy|transpose|permute|view|reshape|slice|split|t|expand|unsqueeze|squeeze"
 KERNEL_CLASSES = {
     "memory fills": r"Memset|FillFunctor|^triton_poi_fused_(new_)?(zeros|full)(_like)?_\d+$",
-    "attention": rf"^(?!{FUSED}).*(flash|fmha|sdpa|attention)|^_(forward|backward(_keys|_rows)?)$",
+    "attention": rf"^(?!{FUSED}).*(flash|fmha|sdpa|attention)|^_(short|long)_(forward|backward)",
     "loss": r"(?i)softmax|nll_loss|cross_entropy|logsumexp|_xent",
     "entropy and counts": rf"^_(entropy_forward|summarize_\w+|count\w*)$|isnan|isinf|{FUSED}(?!.*add_).*vector_norm",
     "optimizer": r"(?i)adam|multi_tensor_apply|lpnorm",  # and the clip
@@ -88,6 +88,8 @@ def comparisons(row: dict[str, Any]) -> Iterator[tuple[str, str | None, float | 
     """(ours, against, ratio, least wanted) of a case; of ours without a counterpart, the name alone."""
     models = row["models"]
     pairs = [(ours, against) for ours, against in RATIOS if ours in models and against in models]
+    if row["case"] == "cpu":  # only a model and its peer took turns
+        pairs = [(ours, against) for ours, against in pairs if against == f"peer-{ours}"]
     for name in [name for name in OURS if name in models]:
         for pair in [pair for pair in pairs if pair[0] == name]:
             yield *pair, ratio(row, *pair), RATIOS[pair].get(row["case"])

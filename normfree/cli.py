@@ -101,7 +101,7 @@ def to_config(cfg: DictConfig, choices: Any) -> Config:
 
 
 def check_overrides(words: list[str], multirun: bool) -> Config | None:
-    """The configuration that the words mean; None for a sweep, of which each job is looked at when its turn comes.
+    """The configuration that the words mean; of a sweep None: what is not swept is looked at, each job in its turn.
 
     Raises one `UserError` with everything that is wrong: words, presets, values and rules between them. Writes nothing.
     """
@@ -114,14 +114,14 @@ def check_overrides(words: list[str], multirun: bool) -> Config | None:
         for word in typed.swept_groups():
             found += _preset_faults(_compose([*typed.plain(), word]))
         problems += dict.fromkeys(found)
-        if not multirun and not found:
+        if not found:
             config = to_config(cfg, cfg.hydra.runtime.choices)
-            problems += _config_faults(config, typed)
+            problems += dict(value_faults(config)).values() if multirun else _config_faults(config, typed)
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return config
+    return None if multirun else config
 
 
 def _config_faults(config: Config, typed: Typed) -> list[str]:

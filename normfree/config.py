@@ -314,8 +314,8 @@ def help_lines(cls: type = Config, prefix: str = "") -> Iterator[str]:
             yield f"{star} {prefix + f.name + '=' + default:36} {f.metadata['help']}"
 
 
-def weights_hash(config: Config) -> str:
-    """First 8 hex digits of the sha256 of every resolved setting that can change the weights, the seed aside."""
+def weights_settings(config: Config) -> dict[str, Any]:
+    """Every setting that can change the weights of this run: those that name nothing in it are left out."""
     settings = {name: value for name, value, weights in flat_keys(config) if weights}
     if config.debug.inject.step is None:  # nothing is planted: these keys name nothing
         settings = {name: value for name, value in settings.items() if not name.startswith("debug.")}
@@ -323,6 +323,12 @@ def weights_hash(config: Config) -> str:
         settings = {name: value for name, value in settings.items() if not name.startswith("rollback.")}
     if config.spike_sigma is None:
         del settings["spike_sigma"]
+    return settings
+
+
+def weights_hash(config: Config) -> str:
+    """First 8 hex digits of the sha256 of every resolved setting that can change the weights, the seed aside."""
+    settings = weights_settings(config)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

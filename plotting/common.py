@@ -91,6 +91,8 @@ def command(p: argparse.ArgumentParser, script: str, plot: Plot, argv: Sequence[
     arguments = p.parse_args(argv)
     try:
         runs = expand(arguments.runs)
+        if len(runs) > len(arguments.runs):  # out of a folder or a glob
+            runs = begun(runs)
         out = arguments.out or default_out(runs, script)
         _check_format(out)
         with matplotlib.rc_context(STYLE):
@@ -106,6 +108,15 @@ def command(p: argparse.ArgumentParser, script: str, plot: Plot, argv: Sequence[
     if arguments.data:
         print(arguments.data)
     return EXIT_OK
+
+
+def begun(runs: list[Run]) -> list[Run]:
+    """Those that recorded anything, the others named on stderr; all of them where none did."""
+    kept = [run for run in runs if run.array_names or len(run.metrics)]
+    for run in runs if kept else ():
+        if run not in kept:
+            print(f"{run.directory}: stopped before its first record, left out", file=sys.stderr)
+    return kept or runs
 
 
 def default_out(runs: Sequence[Run], script: str) -> Path:

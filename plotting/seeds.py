@@ -1,13 +1,14 @@
 """Runs that differ only in the seed: which they are, which of them were lost, and mean and interval over them."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from normfree.config import flat_keys, weights_hash
+from normfree.config import weights_hash, weights_settings
 from normfree.errors import UserError
 from normfree.runs import Run
 
@@ -75,25 +76,26 @@ def _refuse_repeats(runs: Sequence[Run]) -> None:
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[object]]:
-    """Settings that can change the weights (the seed aside) and are not equal in all runs: key -> value of each run."""
-    columns: dict[str, list[object]] = {}
-    for run in runs:
-        for name, value, weights in flat_keys(run.config):
-            if weights and name != "seed":
-                columns.setdefault(name, []).append(value)
+    """Settings that can change the weights (the seed aside) and are not equal in all runs: key -> value of each run.
+
+    None of a run in which the setting names nothing.
+    """
+    settings = [weights_settings(run.config) for run in runs]
+    names = dict.fromkeys(name for found in settings for name in found if name != "seed")
+    columns = {name: [found.get(name) for found in settings] for name in names}
     return {name: values for name, values in columns.items() if any(v != values[0] for v in values)}
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The runs' names without a seed at the end; where two are equal, the keys that differ are added."""
+    """The runs' names without a seed at the end; to those that are equal the keys are added in which they differ."""
     names = [run.name.removesuffix(f"-s{run.config.seed}") for run in runs]
-    if len(set(names)) == len(names):
-        return names
-    differences = differing_keys(runs)
-    return [
-        ", ".join([name, *(f"{key.split('.')[-1]}={values[i]}" for key, values in differences.items())])
-        for i, name in enumerate(names)
-    ]
+    for name, count in Counter(names).items():
+        same = [i for i, other in enumerate(names) if other == name and count > 1]
+        for key, values in differing_keys([runs[i] for i in same]).items():
+            for i, value in zip(same, values, strict=True):
+                if key in weights_settings(runs[i].config):
+                    names[i] += f", {key.partition('.')[2] or key}={value}"
+    return names
 
 
 def t_quantile(degrees: int) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normfree.diagnostics.entropy import MAX_HEAD_DIM, attention_rows
+from normfree.kernels import can_build
 
 SMALL = 4096  # elements
 
@@ -27,7 +28,7 @@ class Summary(NamedTuple):
 
 
 def _on_cuda(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64 and can_build()
 
 
 @torch.library.custom_op("normfree::attention_census", mutates_args=())

@@ -7,7 +7,8 @@ H and lse:  ds_j = p_j (g_L - g_H (ln p_j + H)), where p_j = 0 contributes its l
 A score of NaN or +inf makes its row NaN, as in softmax; NaN is never turned into 0. A score of -inf, or of more than
 80 below the largest, counts as e^-80 = 2e-35 of the largest probability: beside 1, nothing.
 
-A CUDA device runs the kernels of `entropy_triton`, except in float64; everything else runs the loop over tiles here.
+A CUDA device runs the kernels of `entropy_triton` where they can be built, except in float64; everything else runs the
+loop over tiles here.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from normfree.kernels import can_build
 
 # Scores held at a time, unless one row has more: few calls, and 4 MiB in fp32, which the caches hold.
 TILE_ELEMENTS = 1 << 20
@@ -39,7 +42,8 @@ def _accumulator(q: Tensor, k: Tensor) -> torch.dtype:
 
 def _triton(q: Tensor, k: Tensor) -> bool:
     """Whether the kernels take it: a head beyond `MAX_HEAD_DIM` does not fit their tiles."""
-    return q.device.type == "cuda" and _accumulator(q, k) == torch.float32 and q.size(-1) <= MAX_HEAD_DIM
+    fits = _accumulator(q, k) == torch.float32 and q.size(-1) <= MAX_HEAD_DIM
+    return q.device.type == "cuda" and fits and can_build()
 
 
 class _Tiles:

@@ -1,7 +1,20 @@
 """The fast paths of training, as operators; each has the same contract in PyTorch beside it."""
 
+import os
+import shutil
+from functools import cache
+
 import torch
 from torch import Tensor
+
+
+@cache
+def can_build() -> bool:
+    """Whether Triton can build kernels for this machine's GPU: it takes a C compiler, and compute capability 8."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not torch.cuda.is_available() or not torch.utils._triton.has_triton():
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

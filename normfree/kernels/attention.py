@@ -1,7 +1,7 @@
 """Causal attention from packed queries, keys and values, with a packed gradient.
 
-Nothing is transposed or joined. Up to T = 128 a head's scores fit a program's registers: nothing but the input is kept
-for the backward pass, and attention costs little more than reading and writing its tensors.
+Nothing is transposed or joined. Up to T = 128 a head's scores fit a program's registers: the backward pass needs only
+the input, and attention costs little more than reading and writing its tensors.
 """
 
 from typing import Any
@@ -116,5 +116,6 @@ def packed_attention(qkv: Tensor, heads: int, scale: float, look: bool = False) 
     entropy and log-sum-exp in nats, the largest score, the probability on key 0, the largest magnitudes of this
     position's query and key; else an empty tensor.
     """
+    assert scale > 0, "a row's largest product is taken for its largest score"
     out, _, rows = _packed_attention(qkv, heads, scale, look)
     return out, rows

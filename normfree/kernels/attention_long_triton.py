@@ -4,6 +4,10 @@ Forward: a running maximum and sum over tiles of keys (FlashAttention-2: Dao, ar
 the entropy (`normfree.diagnostics.entropy_triton`) carried along where diagnostics ask for it. Backward: the scores are
 computed again from the rows' maxima and sums, once by blocks of keys for dK and dV and once by blocks of rows for dQ;
 so no sum is shared between programs. Everything is read from and written to packed tensors.
+
+As in FlashAttention the row's sum of p dp is taken as that of y dy, with y as it was rounded. Where a row's attention
+is nearly one-hot, what is left of its gradient is of the order of that rounding; over a whole tensor it does not show.
+The kernels for short sequences take the sum as it stands; here that would be one more pass over the keys.
 """
 
 import torch
@@ -35,7 +39,7 @@ def _take_in(s, v, m, z, w, acc, c, LOOK: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _long_forward(
     QKV, OUT, SOFTMAX, STATISTICS, n, T, C, H, c,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +95,7 @@ def _add_rows(
 
 
 @triton.jit
-def _backward_keys(
+def _long_backward_keys(
     GRAD, QKV, SOFTMAX, DELTA, OUT, n, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     blocks = tl.cdiv(T, KEYS)
@@ -115,10 +119,10 @@ def _backward_keys(
 
 
 @triton.jit
-def _backward_rows(
+def _long_backward_rows(
     GRAD, QKV, Y, SOFTMAX, DELTA, OUT, n, T, C, H, c, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """dQ; and the sum of p dp over each row, which is that of y dy, for `_backward_keys`."""
+    """dQ; and the sum of p dp over each row, which is that of y dy, for `_long_backward_keys`."""
     blocks = tl.cdiv(T, ROWS)
     first = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -170,7 +174,7 @@ def forward(qkv: Tensor, heads: int, scale: float, look: bool) -> tuple[Tensor, 
         args = (qkv, out, softmax, rows, B * heads * T, T, C, heads, scale * LOG2_E)
         tiles = _tiles(FORWARD_LOOK if look else FORWARD)
         grid = (B * heads * triton.cdiv(T, tiles["ROWS"]),)
-        _forward[grid](*args, **tiles, D=C // heads, LOOK=look)
+        _long_forward[grid](*args, **tiles, D=C // heads, LOOK=look)
     return out, softmax, rows
 
 
@@ -182,7 +186,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, softmax: Tensor, heads: int
     with torch.cuda.device(qkv.device):
         sizes = (found, delta.numel(), T, C, heads, scale * LOG2_E, scale)
         rows = (B * heads * triton.cdiv(T, BACKWARD_ROWS[0]),)
-        _backward_rows[rows](grad, qkv, out, softmax, delta, *sizes, **_tiles(BACKWARD_ROWS), D=D)
+        _long_backward_rows[rows](grad, qkv, out, softmax, delta, *sizes, **_tiles(BACKWARD_ROWS), D=D)
         keys = (B * heads * triton.cdiv(T, BACKWARD_KEYS[1]),)
-        _backward_keys[keys](grad, qkv, softmax, delta, *sizes, **_tiles(BACKWARD_KEYS), D=D)
+        _long_backward_keys[keys](grad, qkv, softmax, delta, *sizes, **_tiles(BACKWARD_KEYS), D=D)
     return found

@@ -87,7 +87,7 @@ def _write_rows(ROWS, n, place, inside, m, z, w, sink, q, k):
 
 
 @triton.jit
-def _forward(QKV, OUT, ROWS, n, T, C, H, c, BLOCK: tl.constexpr, D: tl.constexpr, LOOK: tl.constexpr):
+def _short_forward(QKV, OUT, ROWS, n, T, C, H, c, BLOCK: tl.constexpr, D: tl.constexpr, LOOK: tl.constexpr):
     b = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H * D
     base = QKV + b * T * 3 * C + head
@@ -132,7 +132,7 @@ def _forward(QKV, OUT, ROWS, n, T, C, H, c, BLOCK: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: tl.constexpr):
+def _short_backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: tl.constexpr):
     """dV = P^T dY, dP = dY V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q, block by block.
 
     The row's sum is taken as it stands, not as that of y dy: y is rounded, and where attention is one-hot all of dS
@@ -186,7 +186,8 @@ def forward(qkv: Tensor, heads: int, scale: float, look: bool) -> tuple[Tensor, 
     rows = torch.empty((6, B, heads, T) if look else (0,), dtype=torch.float32, device=qkv.device)
     room = {"maxnreg": 168} if look and C // heads <= 64 else {}  # for three programs on a processor, not two
     with torch.cuda.device(qkv.device):
-        _forward[(B * heads,)](qkv, out, rows, B * heads * T, T, C, heads, scale * LOG2_E, **sizes, LOOK=look, **room)
+        args = qkv, out, rows, B * heads * T, T, C, heads, scale * LOG2_E
+        _short_forward[(B * heads,)](*args, **sizes, LOOK=look, **room)
     return out, rows
 
 
@@ -194,5 +195,5 @@ def backward(grad: Tensor, qkv: Tensor, heads: int, scale: float) -> Tensor:
     B, T, C, sizes = _sizes(qkv, heads)
     out = torch.empty_like(qkv)
     with torch.cuda.device(qkv.device):
-        _backward[(B * heads,)](grad, qkv, out, T, C, heads, scale * LOG2_E, scale, **sizes)
+        _short_backward[(B * heads,)](grad, qkv, out, T, C, heads, scale * LOG2_E, scale, **sizes)
     return out

@@ -1,7 +1,6 @@
 """The machine a run gets: device, precision, compilation and determinism."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from normfree.config import Config
 from normfree.errors import UserError
+from normfree.kernels import can_build
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +27,8 @@ def choose_device(config: Config) -> torch.device:
 def choose_precision(config: Config, device: torch.device) -> str:
     if config.train.precision != "auto":
         return config.train.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if supported else "fp32"
 
 
 def choose_deterministic(config: Config, device: torch.device) -> bool:
@@ -40,17 +41,15 @@ def choose_watch(config: Config, device: torch.device) -> str:
 
 
 def choose_compile(config: Config, device: torch.device) -> bool:
-    """auto: where it pays and can work, which is CUDA with Triton and a C compiler."""
+    """auto: where it pays and can work, which is CUDA with what builds kernels."""
     wanted = str(config.train.compile).lower()
-    if wanted != "auto":
-        return wanted == "true"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    return device.type == "cuda" and torch.utils._triton.has_triton() and compiler is not None
+    return device.type == "cuda" and can_build() if wanted == "auto" else wanted == "true"
 
 
 def choose_fast(config: Config, device: torch.device) -> bool:
     """The operators of `normfree.kernels` are for bf16 on CUDA; elsewhere everything is exact as it is."""
-    return config.train.fast and device.type == "cuda" and choose_precision(config, device) == "bf16"
+    on_gpu = device.type == "cuda" and can_build()
+    return config.train.fast and on_gpu and choose_precision(config, device) == "bf16"
 
 
 def compiled(model: nn.Module, enabled: bool) -> Callable[..., Any]:

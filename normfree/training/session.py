@@ -37,6 +37,7 @@ from normfree.training.summary import closing_table
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
+CPU_FLOPS = 1e11  # a second: what two cores do
 NO_MEMORY = ("can't allocate memory", "not enough memory")  # how the CPU's allocator says so
 REAL_THING = "python run.py experiment=paper_gpt2 model=normfree act=relu"
 
@@ -124,7 +125,8 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         norms=norm_label(config),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         threads=torch.get_num_threads(),
-        compiled=machine.choose_compile(config, device),
+        compiled=trainer.compiled,
+        fast=trainer.fast,
         corpus={"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.name},
         versions=versions(),
         **provenance(),
@@ -132,9 +134,11 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     )
     console.print(
         f"{config.name} ({norm_label(config)}): {counts['total']:,} parameters, {counts['non_embedding']:,} "
-        f"without embeddings, {counts['trainable']:,} trainable; {device.type}, {config.train.precision}; {run_dir}"
+        f"without embeddings, {counts['trainable']:,} trainable; {_machine(trainer)}; {run_dir}"
         + (f"; going on from step {start}" if start else "")
     )
+    if note := _long_on_a_cpu(trainer, counts["total"], start):
+        console.print(note)
     ceiling = heads.entropy_ceiling(config.data.seq_len or 1)
     views = Views(run_dir, config, ceiling, start)
     slopes = trainer.model.slopes()
@@ -177,6 +181,27 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         raise
     finally:
         record.writer.close()
+
+
+def _machine(trainer: Trainer) -> str:
+    """Device, precision and paths, as the first line of a run shows them."""
+    words = [trainer.device.type, trainer.config.train.precision]
+    words += ["compiled"] if trainer.compiled else []
+    words += ["fused kernels"] if trainer.fast else []
+    return ", ".join(words)
+
+
+def _long_on_a_cpu(trainer: Trainer, parameters: int, start: int) -> str | None:
+    """What somebody should know who starts a job for a GPU without one."""
+    train = trainer.config.train
+    tokens = (train.max_steps - start) * train.batch_size * (trainer.config.data.seq_len or 0)
+    hours = 6 * parameters * tokens / CPU_FLOPS / 3600
+    if trainer.device.type != "cpu" or hours < 3:
+        return None
+    return (
+        f"This is a job for a GPU, and runs on the CPU: of the order of {hours:,.0f} hours. size=nano, or fewer or "
+        "smaller steps (train.max_steps, train.batch_size), are for a try."
+    )
 
 
 def _begin(run_dir: Path, start: int, config: Config, corpus: Corpus) -> RunWriter:

@@ -33,6 +33,9 @@ class Signals:
         if self.received is not None:
             os._exit(128 + signum)  # nothing is lost: whatever is written is written beside and renamed, or appended
         self.received = signum
+        os.write(
+            2, b"\nstopping after this step, and saving; once more ends the process at once\n"
+        )  # safe in a handler
 
     @contextmanager
     def caught(self) -> Iterator[None]:

@@ -162,6 +162,16 @@ def test_a_validation_that_looks_at_less_is_caught(tiny, tmp_path, monkeypatch):
 # -- P2: any words ----------------------------------------------------------------------------------------------------
 
 GRAMMAR = st.text(st.sampled_from("[]{}(),:=~+@$\"'\\/.|*%!&#?<>- \t0123456789aexn_Ö\0\n"), max_size=14)
+
+
+def test_what_all_jobs_of_a_sweep_have_in_common_is_refused_before_it_begins(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["-m", "seed=1,2", "train.max_steps=-1", "model.norm_eps=7"]) == EXIT_CONFIG
+    said = capfd.readouterr().err
+    assert said.count("error:") == said.count("train.max_steps=-1") == said.count("model.norm_eps=7") == 1
+    assert not list(tmp_path.iterdir())
+
+
 NAME = st.one_of(KEY, st.sampled_from([*groups(), "hydra/launcher", "hydra.searchpath", "model", "optim"]), GRAMMAR)
 VALUE = st.one_of(
     GRAMMAR,

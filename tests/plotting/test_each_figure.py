@@ -231,3 +231,22 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rates = [make_run(tmp_path / f"lr{lr}", 1, 1, lr=lr, steps=()) for lr in (0.1, 0.2)]
     assert common.labels(rates) == ["lr0.1", "lr0.2"]
     assert [g.label for g in group(rates)] == ["gpt2-nano-none-relu, lr=0.1", "gpt2-nano-none-relu, lr=0.2"]
+    other = make_run(tmp_path / "other", 1, 1, act="gelu", lr=0.3, steps=())
+    assert [g.label for g in group([*rates, other])][2] == "gpt2-nano-none-gelu"  # which needs no more
+
+
+def test_a_run_without_a_fault_says_nothing_of_the_one_that_was_planted(tmp_path: Path) -> None:
+    healthy, faulty = (make_run(tmp_path / name, 1, 1, steps=()) for name in ("healthy", "faulty"))
+    faulty.config.debug.inject.step, faulty.config.debug.inject.module = 3, "wte"
+    healthy.config.rollback.retries = 7  # nobody rolls back here
+    first, second = (g.label for g in group([healthy, faulty]))
+    assert first == "gpt2-nano-none-relu"
+    assert second.startswith("gpt2-nano-none-relu, inject.step=3, inject.module=wte")
+
+
+def test_in_a_folder_runs_that_recorded_nothing_are_left_out_and_named(tmp_path: Path, capsys) -> None:
+    make_run(tmp_path / "good", 1, 1, steps=(0,))
+    empty = make_run(tmp_path / "empty", 1, 1, seed=2, steps=())
+    assert command("entropy_heatmap", tmp_path, "--out", tmp_path / "x.png") == 0
+    assert "empty: stopped before its first record, left out" in capsys.readouterr().err
+    assert command("entropy_heatmap", empty.directory, "--out", tmp_path / "y.png") == 64
