@@ -23,7 +23,7 @@ from plotting import common
 MAP, DIFFERENCE_MAP = "cividis", "RdBu_r"  # perceptually uniform; both readable without colour vision
 ANNOTATED = 12  # cells carry their number up to 12 x 12
 COLUMN = 2.0  # inches a panel needs at least
-WIDEST = 0.8  # inches of a cell
+WIDEST = 1.6  # inches of a cell: four heads fill the width
 
 
 @dataclass

@@ -348,8 +348,7 @@ class Trainer:
                 record.clock(tokens, time.perf_counter() - began)
             compiled.add(due.record)
             progress.update()
-            progress.set_postfix_str(
-                f"loss {record.last_loss:.3f}, val {self.last_val:.3f}, {record.tokens_per_second:,.0f} tokens/s",
-                refresh=False,
-            )
+            rate = record.tokens_per_second  # NaN before the second step
+            shown = f"loss {record.last_loss:.3f}, val {self.last_val:.3f}"
+            progress.set_postfix_str(f"{shown}, {rate:,.0f} tokens/s" if rate > 0 else shown, refresh=False)
         self.settle(record, everything=True)
