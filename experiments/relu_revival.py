@@ -37,7 +37,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budget-minutes", type=float, metavar="M", help="begin no cell that would end later; counted from the start"
     )
     p.add_argument(
-        "--gpus", default="auto", metavar="LIST", help="one worker each: auto (all), none (the CPU), 0,1 or 0,0,1,1"
+        "--gpus",
+        default="auto",
+        metavar="LIST",
+        help="a worker each: auto (all), none (the CPU), 0,1; 0,0,0: three share it",
     )
     p.add_argument("--together", type=int, metavar="N", help="cells a process trains in turn (default: 1; smoke: all)")
     p.add_argument("--out", type=Path, default=store.RESULTS, metavar="DIR", help="where results are kept")
@@ -83,6 +86,8 @@ def train(a: argparse.Namespace, began: float) -> int:
 def dry_run(a: argparse.Namespace) -> int:
     """Every cell that can be trained now, its settings checked, and what is expected to follow."""
     fingerprint = place_of.known_fingerprint(a.scale)
+    if fingerprint is None:
+        print(f"The text of scale {a.scale} is known once it is prepared: until then no cell counts as done.")
     records = [record for folder in (*a.known, a.out) for record in store.read(folder, a.scale)]
     found = plan(a.scale, Results(records, fingerprint, wanted_seeds(a)), a.cells)
     for cell in found.cells:

@@ -123,6 +123,9 @@ def test_the_prefix_is_the_published_schedule() -> None:
     for step in range(steps):
         expected = cells.learning_rate(step, cells.PUBLISHED_STEPS, published)
         assert cells.learning_rate(step, steps, ours) == pytest.approx(expected, rel=1e-12)
+    tuned = plan("short", study.Results([], None), ["C/tuned*"]).cells[0]
+    assert tuned.recipe.tokens == rungs.SHORT_PYTHIA.tokens == 52_428_800  # the sizes compare at one length
+    assert cells.config_of(tuned).optim.warmup_steps == cells.SHORT_WARMUP
 
 
 def test_longer_sequences_are_read_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +226,10 @@ def test_a_cell_is_trained_evaluated_and_kept(tmp_path: Path, text_folder: Path)
     assert kept["tuning_loss"] == kept["losses"]["100"] < kept["losses"]["25"]
     assert kept["bad_steps"] == 1
     assert len(kept["entropy"]) == len(kept["heads"]["uniform"]) == 2
+    clock = kept["clock"]
+    assert sum(clock.values()) == pytest.approx(kept["seconds"], abs=0.3)
+    assert min(clock.values()) >= 0
+    assert 0 < clock["first_steps"] + clock["training"] < kept["seconds"]
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -277,6 +284,8 @@ def test_uniform_attention_is_the_mean_of_values(tmp_path: Path) -> None:
 
 def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert relu_revival.main(["--scale", "smoke", "--dry-run", "--out", str(tmp_path)]) == 0
-    assert "0 cells are done; 4 can be trained now" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 cells are done; 4 can be trained now" in printed
+    assert "no cell counts as done" in printed
     assert relu_revival.main(["--scale", "short", "--out", str(tmp_path)]) != 0
     assert "--corpus DIR" in capsys.readouterr().err

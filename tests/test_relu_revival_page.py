@@ -28,15 +28,17 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_the_verdicts_follow_from_the_numbers(page: Any) -> None:
     text = page(made.rung_a())
-    assert "ReLU beats GELU: ReLU \u2212 GELU is \u22120.0994 ± 0.0007 nats" in text.replace(" (n = 5)", "")
-    assert "\u22120.0994 at 25 %" in text
+    assert "ReLU beats GELU: \u22120.0994 ± 0.0007 nats" in text.replace(" (n = 5)", "")
+    assert "at 25, 50, 100 % of the run \u22120.0994, \u22120.0994, \u22120.0994" in text
     assert "GELU beats ReLU" in text  # with norms
     assert "Norms turn the order round" in text
     assert "GELU's overload is there" in text
     assert "Preliminary" not in text.split("## Method")[0]
-    assert "0 of 5 (0 to 52 %)" in text
-    assert "52.4 million tokens of 2.1 billion" in text
-    assert "Without norms, embeddings x 22.627: not run." in text
+    assert "lost: 0 of 5 (0 to 52 %) each" in text
+    assert "52.4 million tokens (60.0 million unique, 0.87 epochs)" in text
+    assert "At the common rate, 2e-3: " not in text  # rung A's runs at it are not there
+    assert "- Not run: GPT-2 124M, T = 128, the published schedule's first tenth; GPT-2 124M" in text
+    assert "input explain?**\n\n- Not run.\n" in text
 
 
 def test_a_lost_run_changes_the_page(page: Any) -> None:
@@ -62,6 +64,14 @@ def test_the_page_can_be_made_of_any_part(page: Any, part: int) -> None:
     text = page(made.rung_a()[:part])
     assert "not run" in text.lower()
     assert "rung D: 10 runs" in text
+
+
+def test_little_models_are_called_so(page: Any) -> None:
+    text = page([record | {"T": 64} for record in made.rung_a(seeds=1)], "smoke")
+    assert "Not run: there is no result of scale short or full yet." in text
+    assert "### Four arms of a nano model, at one rate" in text
+    assert "Pythia-70M's dimensions" not in text
+    assert report._caption("maps", 64) == "Entropy of every head at the end"
 
 
 def test_texts_are_never_mixed(tmp_path: Path) -> None:
@@ -111,17 +121,22 @@ def test_other_rungs_have_verdicts_too() -> None:
     depth = [line for line in changed if "(rung B, at its own best rate), 52.4 million" in line]
     assert len(depth) == 2
     assert "rate 1e-3: better: the loss changes by \u22120.0" in depth[1]  # ReLU, which rung A trained at 2e-3
-    assert "lost 5 of 5 (48 to 100 %), at steps 70 to 70" in verdicts.collapse(view)[0]
-    assert "stopped at its first bad step, which alone makes it count as lost" in verdicts.collapse(view)[0]
+    assert "lost 5 of 5 (48 to 100 %), 5 at steps 70 to 70" in verdicts.collapse(view)[0]
+    assert "stops at its first bad step, which alone makes it count as lost" in verdicts.collapse(view)[0]
+    at_the_end = {"lost": {"step": None, "why": "final validation loss 9 is not below the unigram entropy 7"}}
+    kept_on = [made.make("D", "paper_nan:identity", 1e-3, seed, None, **at_the_end) for seed in (1, 2)]
+    assert "lost 2 of 2 (16 to 100 %), 2 by the final loss; NaN" in verdicts.collapse(view_of(kept_on))[0]
     wasted = " ".join(verdicts.wasted(view))
-    assert "costs +0.01275 ± 0.00000 (n = 5) nats" in wasted  # GELU: all four heads
+    assert "an overloaded head costs +0.01275 ± 0.00000 (n = 5)" in wasted  # GELU: all four heads
 
 
 def test_the_sign_of_a_flip_is_that_of_the_losses() -> None:
-    text = " ".join(verdicts.order(view_of()))
-    assert "taking the norms out changes ReLU \u2212 GELU by \u22120.1994 ± 0.0007 (n = 5) nats" in text
+    at_common = [made.make("A", "gelu", 2e-3, seed, 2.7 + 0.1 * seed) for seed in range(1, 6)]
+    text = " ".join(verdicts.order(view_of(at_common)))
+    assert "At the common rate, 2e-3: \u22120.2994 ± 0.0007 (n = 5), as published; lost: 0 of 5" in text
+    assert "taking them out changes ReLU \u2212 GELU by \u22120.1994 ± 0.0007 (n = 5) nats" in text
     assert "advantage" not in text
-    assert "GELU with them, in the same direction as here" in text
+    assert "Published: they do, the same direction." in text
 
 
 @pytest.mark.parametrize("arm", ["gelu", "relu"])
@@ -152,17 +167,17 @@ def test_an_optimum_at_the_end_of_its_ladder_is_said() -> None:
     view = View("short", "f00d", tuple(records))
     lines = verdicts.order(view)
     assert "the optimum of GELU is at the end of its ladder" in lines[0]
-    assert not any("end of its ladder" in line for line in lines[1:3])  # at the common rate; with norms
+    assert not any("end of its ladder" in line for line in lines[1:3])  # with norms; the flip
     assert "(at the end of the ladder)" in " ".join(tables.results(view, "A"))
 
 
 def test_slopes_are_told_apart_one_by_one() -> None:
     opposite = [0.3, -0.3]  # whose mean is 0
     records = made.sloped("per_layer:0.1:nodecay", opposite) + made.sloped("per_layer:0.1:decay", [0.01, 0.01])
-    lines = verdicts.slopes(view_of(records))
+    _, *lines = verdicts.slopes(view_of(records))
     assert "of 2 slopes 2 told apart from 0 and 2 from the start" in lines[0]
     assert "mean |slope| is 0.3000" in lines[0]
-    assert "slopes end larger without decay" in lines[2]
+    assert "slopes end larger without decay" in lines[1]
     one = verdicts.slopes(view_of(made.sloped("per_layer:0.1:nodecay", opposite, seeds=1)))
     assert one[0].startswith("Preliminary")
     assert "one seed tells no slope apart" in one[0]
@@ -180,7 +195,7 @@ def test_survivors_with_numbers_that_are_not_finite() -> None:
     assert "not finite 0.02" in " ".join(tables.mechanism(view, "A"))
     text = " ".join(verdicts.order(view) + differences(view, "A"))
     assert "nan" not in text
-    assert "none at 25 %" in text
+    assert "of the run none, " in text
 
 
 def test_runs_of_other_lengths_are_not_paired() -> None:
@@ -203,6 +218,7 @@ def test_lost_arms_keep_their_rows() -> None:
         rows = [row for row in table if row.startswith("| GELU |")]
         assert len(rows) == 1
         assert "5 of 5 (48 to 100 %)" in rows[0]
+    assert "GELU: no run survived, ReLU 0.0 ± 0.0 %" in verdicts.overloaded(view)[0]
     text = " ".join(verdicts.order(view) + verdicts.overloaded(view) + verdicts.wasted(view))
     assert "no seed of which all four arms survived" in text
     assert "changes by" not in text
@@ -218,10 +234,10 @@ def test_a_contradiction_is_said_of_overload_and_flip_too() -> None:
         if record["arm"] == "relu" and not record["tuning"]:
             record["val_loss"] += 0.3
     view = View("short", "f00d", tuple(records))
-    line = verdicts.overloaded(view)[0]
+    line, *_, last = verdicts.overloaded(view)
     assert "GELU's overload is not there" in line
     assert "**This contradicts the paper**" in line
-    assert "LayerNorm + GELU 8 %, LayerNorm + ReLU 3 %, GELU 58 %, ReLU 23 %" in line
+    assert "LayerNorm + GELU 8 %, LayerNorm + ReLU 3 %, GELU 58 %, ReLU 23 %" in last
     lines = verdicts.order(view)
     flip = next(line for line in lines if "Norms do not turn" in line)
     assert "**This contradicts the paper**" in flip
@@ -233,8 +249,12 @@ def test_bad_steps_of_survivors_are_listed(page: Any) -> None:
     records[-1]["bad_steps"] = 7
     text = page(records)
     assert "| A/relu/lr2e-3/s5 | 7 of 100 |" in text
-    assert "| short | C | 6.6 | not run |" in text  # what a cell costs
-    assert "| short | A | 1.4 | 1.00 (n = " in text
+    assert "| short | C | 52.4 million | 2.8 | not run |" in text  # what a cell costs
+    assert "| short | C | 211.4 million | 6.6 | not run |" in text
+    assert (
+        "| short | A | 52.4 million | 1.4 | 1.00 (n = 36) | 9, 8, 36, 4, 3 | H200, 2 cells at a time | 4 of 40 | 20.0 |"
+        in text
+    )
 
 
 def test_every_rung_has_its_differences() -> None:
@@ -266,6 +286,10 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.
     mechanism = View("short", "f00d", (*records, *made.scaled(2.45, 2.44, seeds=1)))
     drawn |= figures_scale.mechanism(mechanism, "B", tmp_path)
     assert figures_scale.mechanism(mechanism, "A", tmp_path) == {}
+    assert mechanism.arms("B") == ["gelu+embed50", "relu+embed50"]
+    assert View("short", "f00d", tuple(reversed(made.rung_a()))).arms("A") == ["ln+gelu", "ln+relu", "gelu", "relu"]
+    titles = figures._measured_on("GELU\nprobe\nbatch, step 800"), figures._measured_on("train batch, step 32260")
+    assert titles == ("GELU\ntokens\nof val, step 800", "2.1 billion tokens")
     assert all(path.name.startswith("short_f00d_") for path in drawn.values())
     assert set(drawn) == {"maps", "ranges", "layers", "rates", "seeds", "heads", "nan", "slopes", "scale"}
     assert all(path.stat().st_size > 2000 for path in drawn.values())

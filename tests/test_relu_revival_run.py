@@ -1,6 +1,7 @@
 """How experiments/relu_revival.py runs its cells: in which order, on which device, within a budget, and what fails."""
 
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -28,13 +29,14 @@ def session(tmp_path: Path, scale: str = "short", **more: Any) -> running.Sessio
 
 def taken(cell: Cell, seconds: float, **more: Any) -> dict[str, Any]:
     made_of = {"rung": cell.rung, "tuning": cell.tuning, "planned_tokens": cell.recipe.tokens, "device": "H200"}
+    made_of |= {"workers": 1, "steps": 800, "last_step": 800}
     return made_of | {"status": "finished", "seconds": seconds} | more
 
 
 def test_no_cell_begins_that_would_pass_the_budget(tmp_path: Path) -> None:
     found = session(tmp_path, "smoke", seconds=20, together=100)
     assert len(found.ready()) == 2  # nine seconds each
-    found.pace.learn(rungs.smoke_cells()[0], taken(rungs.smoke_cells()[0], 2.0), 0.25)  # they turn out to be faster
+    found.pace.learn(rungs.smoke_cells()[0], taken(rungs.smoke_cells()[0], 2.25))  # they turn out to be faster
     assert len(found.ready()) == 4
     late = session(tmp_path, "smoke", seconds=20, together=100, began=time.monotonic() - 10)
     assert len(late.ready()) == 1  # preparing the text took half of it
@@ -44,12 +46,12 @@ def test_expected_times_are_corrected_by_comparable_cells_only() -> None:
     tuning, reported, gpt2 = PYTHIA.cell(1e-3, TUNING_SEED), PYTHIA.cell(1e-3, 1), next(rungs.short_c(EMPTY))
     assert isinstance(gpt2, Cell)
     found, expected = pace.Pace(), reported.recipe.seconds
-    found.learn(reported, taken(reported, 5.0, status="lost"), 0)
+    found.learn(reported, taken(reported, 5.0, status="lost", last_step=300))
     assert found.predicted(reported) == expected  # a run that ended early says nothing
-    found.learn(tuning, taken(tuning, expected / 2 - 10), 10)
+    found.learn(tuning, taken(tuning, expected / 2 - 10, status="lost"), 10)  # its process took 10 more
     assert found.predicted(tuning) == expected / 2
     assert (found.predicted(reported), found.predicted(gpt2)) == (expected, gpt2.recipe.seconds)
-    found.learn(reported, taken(reported, 2 * expected), 0)
+    found.learn(reported, taken(reported, 2 * expected))
     assert found.predicted(replace(reported, rung="B")) == 2 * expected
     assert found.predicted(gpt2) == 1.25 * gpt2.recipe.seconds  # the middle of all, where that is slower
 
@@ -57,11 +59,12 @@ def test_expected_times_are_corrected_by_comparable_cells_only() -> None:
 def test_expected_times_begin_with_what_this_device_took_before() -> None:
     cell = PYTHIA.cell(1e-3, 1)
     found = pace.Pace()
-    found.recall([taken(cell, 300), taken(cell, 500), taken(cell, 900), taken(cell, 9, status="lost")], "H200")
-    assert found.predicted(cell) == 500 + pace.START
+    found.recall([taken(cell, 300), taken(cell, 500), taken(cell, 900), taken(cell, 9, last_step=99)], "H200")
+    assert found.predicted(cell) == 500
     assert found.predicted(PYTHIA.cell(1e-3, TUNING_SEED)) == cell.recipe.seconds
     other = pace.Pace()
     other.recall([taken(cell, 500)], "A100")
+    other.recall([taken(cell, 500, workers=3)], "H200")
     other.recall([taken(cell, 1)], "H200")
     assert other.predicted(cell) == cell.recipe.seconds  # the first may have to compile
 
@@ -76,6 +79,18 @@ def test_the_device_is_named_as_records_name_it(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert pace.device_name(("0", "1")) == name
     assert pace.device_name(())
+
+
+def test_cells_that_share_a_gpu_wait_for_each_other_s_steps() -> None:
+    """Not for start and evaluation, which leave most of it idle: a long cell is slowed down more than a short one."""
+    cell, gpt2 = PYTHIA.cell(1e-3, 1), next(rungs.short_c(EMPTY))
+    assert isinstance(gpt2, Cell)
+    found = pace.Pace(workers=3)
+    assert found.predicted(cell) == pytest.approx(3 * 800 * 0.045 + 45)
+    found.learn(cell, taken(cell, 100, workers=3))
+    assert found.predicted(cell) == pytest.approx(100)
+    assert found.predicted(gpt2) == pytest.approx(3 * 3226 * 0.095 + 90)
+    assert running.Options("short", Place((), "f00d"), Path(), Path(), False, (1,), gpus=tuple("00111")).workers == 3
 
 
 EMPTY = study.Results([], "f00d", (1,))
@@ -117,7 +132,9 @@ for task in tasks["cells"]:
     if task["arm"] == sys.argv[0].rpartition("_")[2]:
         sys.exit("out of memory")
     record = {name: task[name] for name in ("key", "name", "rung", "arm", "lr", "seed", "tuning")}
+    assert tasks["workers"] == 1
     record |= {"status": "finished", "lost": None, "val_loss": 2.5, "seconds": 1.0}
+    record |= {"steps": 20, "last_step": 20}
     with open(f"{tasks['out']}/smoke/A.jsonl", "a") as file:
         file.write(json.dumps(record) + "\\n")
 """
@@ -158,3 +175,27 @@ def test_a_cell_that_fails_takes_none_along_that_its_process_never_began(
     assert running.run(running.Options("smoke", Place((), "f00d"), out, runs, False, (1,), together=100)) == 1
     assert [record["arm"] for record in store.read(out, "smoke")] == ["ln+gelu", "gelu", "relu"]
     assert "3 cells in 0.0 minutes; 1 failed" in capsys.readouterr().out
+    (tmp_path / "child_all").write_text("raise SystemExit('no kernel image is available')")
+    monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / "child_all")))
+    assert running.run(running.Options("smoke", Place((), "f00d"), tmp_path / "new", runs, False, (1, 2))) == 1
+    printed = capsys.readouterr().out
+    assert "given up: the last 3 processes failed\n0 cells in 0.0 minutes; 3 failed" in printed  # of eight
+
+
+def test_a_machine_that_is_taken_away_costs_the_cells_under_way_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timeout(1) and batch systems send SIGTERM, perhaps twice: no process is left behind, and what is done is kept."""
+    before = signal.getsignal(signal.SIGTERM)
+    parent = os.getpid()
+    ends = f"if task['arm'] == 'ln+relu': import os, time; os.kill({parent}, 15); os.kill({parent}, 15); time.sleep(60)"
+    (tmp_path / "child").write_text(CHILD.replace("    record = {", f"    {ends}\n    record = {{"))
+    (tmp_path / "out" / "smoke").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / "child")))
+    options = running.Options("smoke", Place((), "f00d"), tmp_path / "out", tmp_path / "runs", False, (1,))
+    assert running.run(options) == 128 + signal.SIGTERM
+    assert [record["arm"] for record in store.read(tmp_path / "out", "smoke")] == ["ln+gelu"]
+    assert "interrupted; 1 cells are done and kept" in capsys.readouterr().out
+    assert not list((tmp_path / "runs").iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before

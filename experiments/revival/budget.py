@@ -4,40 +4,48 @@ import statistics
 from collections.abc import Sequence
 
 from revival import words
-from revival.plan import Plan, plan
+from revival.plan import plan
 from revival.records import Record, is_lost
 from revival.study import Results
 from revival.view import View
 
 STUDIES = ("short", "full")
+PARTS = ("start", "first_steps", "training", "evaluation", "heads")  # of a record's `clock`
 
 
 def costs(found: Sequence[View]) -> list[str]:
-    """A row a rung: device minutes a cell, the same for tuning and reported cells but for the heads' evaluation."""
+    """A row a rung and length; cells that choose rates cost the same, but for the heads' evaluation."""
     rows = []
     for scale in STUDIES:
-        fresh = plan(scale, Results([], None))
-        rungs = {cell.rung for cell in fresh.cells} | {step.rung for step in fresh.waiting}
-        for rung in sorted(rungs):
-            ran = [r for view in found if view.scale == scale for r in view.records if r["rung"] == rung]
-            rows.append([scale, rung, _expected(fresh, rung), *_measured(ran), _lost(ran), _total(ran)])
-    columns = ("scale", "rung", "expected, minutes a cell", "measured, median of n finished cells", "on")
-    return words.table([*columns, "lost cells, which end early", "all, minutes"], rows)
+        for (rung, tokens), seconds in sorted(_expected(scale).items()):
+            records = [r for view in found if view.scale == scale for r in view.records]
+            ran = [r for r in records if (r["rung"], r["planned_tokens"]) == (rung, tokens)]
+            first = [scale, rung, words.millions(tokens), f"{seconds / 60:,.1f}"]
+            rows.append([*first, *_measured(ran), _lost(ran), _total(ran)])
+    columns = ("scale", "rung", "tokens a cell", "expected, minutes a cell", "measured, median of n finished cells")
+    parts = f"of it, seconds: {', '.join(PARTS).replace('_', ' ')}"
+    return words.table([*columns, parts, "on", "lost cells, which end early", "all, GPU minutes"], rows)
 
 
-def _expected(fresh: Plan, rung: str) -> str:
-    """Of one H200."""
-    found = {round(cell.recipe.seconds / 60, 1) for cell in fresh.cells if cell.rung == rung}
-    found |= {round(step.seconds / step.cells / 60, 1) for step in fresh.waiting if step.rung == rung and step.cells}
-    return " to ".join(f"{minutes:,.1f}" for minutes in sorted({min(found), max(found)}))
+def _expected(scale: str) -> dict[tuple[str, int], float]:
+    """(rung, tokens) -> seconds a cell alone on an H200."""
+    fresh = plan(scale, Results([], None))
+    found = {(step.rung, step.tokens): step.seconds / step.cells for step in fresh.waiting}
+    return found | {(cell.rung, cell.recipe.tokens): cell.recipe.seconds for cell in fresh.cells}
 
 
-def _measured(ran: Sequence[Record]) -> tuple[str, str]:
+def _measured(ran: Sequence[Record]) -> tuple[str, str, str]:
     done = [record for record in ran if not is_lost(record)]
     if not done:
-        return "none finished" if ran else "not run", words.DASH
-    devices = ", ".join(dict.fromkeys(str(record["device"]) for record in done))
-    return f"{statistics.median(r['seconds'] for r in done) / 60:.2f} (n = {len(done)})", devices
+        return "none finished" if ran else "not run", words.DASH, words.DASH
+    minutes = statistics.median(r["seconds"] for r in done) / 60
+    parts = [statistics.median(r["clock"][name] for r in done) for name in PARTS]
+    devices = ", ".join(dict.fromkeys(map(_device, done)))
+    return f"{minutes:.2f} (n = {len(done)})", ", ".join(f"{part:.0f}" for part in parts), devices
+
+
+def _device(record: Record) -> str:
+    return str(record["device"]) + (f", {record['workers']} cells at a time" if record["workers"] > 1 else "")
 
 
 def _lost(ran: Sequence[Record]) -> str:
@@ -45,4 +53,9 @@ def _lost(ran: Sequence[Record]) -> str:
 
 
 def _total(ran: Sequence[Record]) -> str:
-    return f"{sum(r['seconds'] for r in ran) / 60:.1f}" if ran else words.DASH
+    return f"{gpu_seconds(ran) / 60:.1f}" if ran else words.DASH
+
+
+def gpu_seconds(records: Sequence[Record]) -> float:
+    """Cells that share a GPU have a part of it each."""
+    return sum(float(r["seconds"]) / r["workers"] for r in records)

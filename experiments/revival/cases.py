@@ -14,19 +14,17 @@ ABOUT = {
     "C": "GPT-2 124M, T = 128",
     "G": "Pythia-70M's dimensions, T = 256, at the rates of T = 128",
 }
-PUBLISHED_TOKENS = 2.1e9
 
 
 def about(rung: str, prefix: str) -> str:
-    more = {"faithful:": ", the published schedule's first tenth", "tuned:": ", rates tuned at this length"}
+    more = {"faithful:": ", the published schedule's first tenth", "tuned:": ", rates tuned at rung A's length"}
     return ABOUT[rung] + more.get(prefix, "")
 
 
 def tokens_of(records: Sequence[Record]) -> str:
-    """52.4 million tokens of 2.1 billion (99.1 million unique, 0.53 epochs)"""
+    """52.4 million tokens (99.1 million unique, 0.53 epochs)"""
     first = records[0]
     text = f"{words.millions(first['planned_tokens'])} tokens"
-    text += " of 2.1 billion" if first["planned_tokens"] < PUBLISHED_TOKENS else ""
     return f"{text} ({words.millions(first['unique_tokens'])} unique, {first['epochs']:.2f} epochs)"
 
 
@@ -36,7 +34,11 @@ def preliminary(*gaps: Difference | None) -> str:
 
 
 def lost_of(**arms: Sequence[Record]) -> str:
-    return "lost: " + ", ".join(f"{name} {words.lost_words(records)}" for name, records in arms.items())
+    """lost: 0 of 5 (0 to 52 %) each"""
+    found = {name: words.lost_words(records) for name, records in arms.items()}
+    if len(found) > 1 and len(set(found.values())) == 1:
+        return f"lost: {next(iter(found.values()))} each"
+    return "lost: " + ", ".join(f"{name} {text}" for name, text in found.items())
 
 
 def absent(view: View, rung: str, arm: str) -> str:
@@ -83,8 +85,9 @@ def not_paired(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
 
 def quarters(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """The mean gap at 25, 50 and 100 % of the run, on the trainer's own tokens."""
-    gaps = {name: view.gap(ours, theirs, name) for name in QUARTERS}
-    return ", ".join(f"{words.signed(gap.mean) if gap else 'none'} at {name} %" for name, gap in gaps.items())
+    gaps = [view.gap(ours, theirs, name) for name in QUARTERS]
+    shown = ", ".join(words.signed(gap.mean) if gap else "none" for gap in gaps)
+    return f"at {', '.join(QUARTERS)} % of the run {shown}"
 
 
 def splits(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:

@@ -2,8 +2,8 @@
 
     PYTHONPATH=experiments python -m revival.cell TASKS.json
 
-TASKS.json: {"out", "scale", "runs", "keep", "commit", "cells": [...]}, written by run.py beside this. A result is
-appended as soon as its cell is done, so that a process that is killed loses only the one it is at.
+TASKS.json: {"out", "scale", "runs", "keep", "commit", "began", "workers", "cells": [...]}, written by run.py beside
+this. A result is appended as soon as its cell is done, so that a process that is killed loses only the one it is at.
 
 Lost, as fixed before the runs: the probe's forward pass is not finite at ten of its passes in a row, or the final
 validation loss is above the unigram entropy. Cells run under nan_policy=skip: a step whose loss or gradient is not
@@ -44,9 +44,12 @@ ENDED = ("finished", "diverged")
 HELD_OUT = ("val", "val_package")
 
 
-def perform(task: dict[str, Any], runs: Path, keep: bool) -> dict[str, Any]:
-    """Train and evaluate a cell: its record. Raises SystemExit where the run came to no end."""
-    began = time.perf_counter()
+def perform(task: dict[str, Any], runs: Path, keep: bool, began: float | None = None) -> dict[str, Any]:
+    """Train and evaluate a cell: its record. Raises SystemExit where the run came to no end.
+
+    `began`: by the monotonic clock, when its process was started; None: now, as of a cell that follows another.
+    """
+    began = time.monotonic() if began is None else began
     run_dir = runs / f"{task['name'].replace('/', '_').replace(':', '_')}-{task['settings']}"
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -59,12 +62,30 @@ def perform(task: dict[str, Any], runs: Path, keep: bool) -> dict[str, Any]:
     record |= provenance(run) | trajectories(run) | {"bad_steps": bad_steps(run)}
     if torch.cuda.is_available():
         record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    record["train_seconds"] = round(time.perf_counter() - began, 1)
+    trained = time.monotonic()
     record |= judged(run, task)
-    record["seconds"] = round(time.perf_counter() - began, 1)
+    record |= clock(
+        run, time.monotonic() - began, time.monotonic() - trained, record.get("heads", {}).get("seconds", 0.0)
+    )
     if not keep:
         shutil.rmtree(run_dir)
     return record
+
+
+def clock(run: Run, seconds: float, judging: float, heads: float) -> dict[str, Any]:
+    """`seconds` of a cell, and where they went.
+
+    `start` is what the rest leaves: imports, text, building the model, closing the run. `first_steps` ends with the
+    second step: one with a record and one without have been compiled. What an earlier process trained is not counted.
+    """
+    began = run.status.get("started_from_step", 0)
+    steps, times = run.series("seconds")
+    last, second = times[steps >= began].max(initial=0.0), times[steps == began + 1].max(initial=0.0)
+    if last > seconds - judging:  # it was at its end before this process began
+        last = second = 0.0
+    parts = {"first_steps": second, "training": last - second, "evaluation": judging - heads, "heads": heads}
+    parts = {"start": seconds - sum(parts.values()), **parts}
+    return {"seconds": round(seconds, 1), "clock": {name: round(float(part), 1) for name, part in parts.items()}}
 
 
 def provenance(run: Run) -> dict[str, Any]:
@@ -187,16 +208,21 @@ def evaluate(
         if split == "val":
             found["entropy"] = np.round(measured.entropy.astype(np.float64), 4)
     if not task["tuning"] and math.isfinite(found["val_loss"]):
+        began = time.monotonic()
         heads = cost_of_heads(model, rows[: task["head_sequences"]], other_rows, found["entropy"])
+        heads["seconds"] = round(time.monotonic() - began, 1)
         found["heads"] = {k: np.round(v, 5) if isinstance(v, np.ndarray) else v for k, v in heads.items()}
     return found
 
 
 def main(argv: list[str]) -> int:
     tasks = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    began: float | None = tasks["began"]  # of this process: its first cell pays for the imports
     for task in tasks["cells"]:
-        record = perform(task, Path(tasks["runs"]), tasks["keep"])
+        record = perform(task, Path(tasks["runs"]), tasks["keep"], began)
         record["commit"] = record["commit"] or tasks["commit"]
+        record["workers"] = tasks["workers"]
+        began = None
         store.append(store.path_of(Path(tasks["out"]), tasks["scale"], task["rung"]), record)
         gc.collect()
         if torch.cuda.is_available():

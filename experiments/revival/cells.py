@@ -27,6 +27,7 @@ PUBLISHED_STEPS, PUBLISHED_WARMUP, PUBLISHED_LR, PUBLISHED_FINAL = 32260, 1613, 
 PUBLISHED_DECAY = 0.1  # of weights, and of learned slopes too
 PUBLISHED_T = 128
 PREFIX_STEPS = 3226  # a tenth
+SHORT_STEPS, SHORT_WARMUP = 800, 200  # of scale short, where not said otherwise
 
 # Settings that change no weight, but what a result says of them; every recipe sets them.
 MEASURING = ("train.eval_every", "train.eval_tokens", "diagnostics.every", "diagnostics.probe_sequences")
@@ -230,8 +231,8 @@ SMOKE = Recipe(
 _SHORT = {"nan_policy": "skip", **TEXT, "train.precision": "bf16", "train.eval_tokens": 524288, **MEASURED}
 SHORT_PYTHIA = Recipe(
     groups=(*PYTHIA, *FILES),
-    keys={**_SHORT, "train.micro_batch_size": 512, **length(800, 200)},
-    steps=800,
+    keys={**_SHORT, "train.micro_batch_size": 512, **length(SHORT_STEPS, SHORT_WARMUP)},
+    steps=SHORT_STEPS,
     tokens_a_step=512 * 128,
     step_seconds=0.045,
     other_seconds=45,
@@ -254,8 +255,8 @@ _SHORT_GPT2 = Recipe(
 )
 
 
-def gpt2(keys: dict[str, Any], steps: int = PREFIX_STEPS) -> Recipe:
-    """GPT-2 124M at scale short, with a schedule."""
+def gpt2(keys: dict[str, Any], steps: int) -> Recipe:
+    """GPT-2 124M at scale short; `keys` hold the schedule."""
     return replace(_SHORT_GPT2, keys=_SHORT_GPT2.keys | keys, steps=steps)
 
 

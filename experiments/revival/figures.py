@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from normfree.records import RunWriter
 from normfree.runs import SITES, Run, load_run
 from plotting import common, entropy_heatmap, entropy_ranges, layerwise_entropy, learned_slopes, nan_counts
 from revival import words
+from revival.cells import PUBLISHED_STEPS, PUBLISHED_T
 from revival.heads_table import costs
 from revival.records import Record, is_lost, numbers
 from revival.view import FOUR, View, values
@@ -22,7 +24,6 @@ from revival.view import FOUR, View, values
 PUBLISHED = Path(__file__).parents[2] / "tests" / "fixtures" / "paper_heatmaps.json"
 NAMES = {"ln+gelu": "SM+LN+G", "ln+relu": "SM+LN+R", "gelu": "SM+G", "relu": "SM+R"}  # the papers' names of the arms
 WIDE = 8.2  # inches: four maps side by side
-PUBLISHED_STEPS = 32260
 
 
 def config_of(record: Record, name: str) -> Config:
@@ -100,7 +101,7 @@ def _titled(record: Record) -> str:
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-DPI = 150
+DPI = 120
 
 
 def stem(view: View, rung: str) -> str:
@@ -128,20 +129,37 @@ def maps(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Pat
         ends = [at_the_end(record, _titled(record), base / f"end{i}") for i, (_, record) in enumerate(found)]
         ways = [on_the_way(record, _titled(record), base / f"way{i}") for i, (_, record) in enumerate(found)]
         theirs = [published(arm, base / f"published{i}") for i, (arm, _) in enumerate(found)]
-        same = found[0][1]["T"] == 128  # shares and ceilings of other lengths do not compare
+        same = found[0][1]["T"] == PUBLISHED_T  # shares and ceilings of other lengths do not compare
         both = ends + theirs if same else ends
-        drawn["maps"] = draw(folder / f"{name}_maps.png", lambda fig: entropy_heatmap.plot(both, fig), WIDE)
+        drawn["maps"] = draw(folder / f"{name}_maps.png", lambda fig: _maps(fig, both), WIDE)
         drawn["ranges"] = draw(folder / f"{name}_ranges.png", lambda fig: _ranges(fig, ends, theirs if same else []))
         drawn["layers"] = draw(folder / f"{name}_layers.png", lambda fig: layerwise_entropy.plot(ways, fig))
     return drawn
 
 
+def _measured_on(text: str) -> str:
+    """A run directory knows a probe and a training batch; the map at the end is of the tokens that are reported, and of
+    the published one it is only known how long it was trained.
+    """
+    text = re.sub(r"probe(\s)batch,", r"tokens\1of val,", text)
+    return re.sub(rf"train(\s)batch,(\s)step {PUBLISHED_STEPS}", r"2.1\1billion\2tokens", text)
+
+
+def _maps(fig: Figure, runs: Sequence[Run]) -> None:
+    """Titled by what they were measured on: held-out tokens that are reported, or the papers' training batch."""
+    entropy_heatmap.plot(runs, fig)
+    for ax in fig.axes:
+        ax.set_title(_measured_on(ax.get_title("left")))
+
+
 def _ranges(fig: Figure, ours: Sequence[Run], theirs: Sequence[Run]) -> None:
-    """Ours above, the published bars below."""
+    """Ours above, the published bars below; named as in `_maps`."""
     parts = [runs for runs in (ours, theirs) if runs]
     common.set_height(fig, 3.2 * len(parts))
     for part, runs in zip(fig.subfigures(len(parts), 1, squeeze=False).ravel(), parts, strict=True):
         entropy_ranges.plot(runs, part)
+        for text in part.legends[0].get_texts():
+            text.set_text(_measured_on(text.get_text()))
 
 
 def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
@@ -156,7 +174,7 @@ def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
             ways = [on_the_way(r, _titled(r), base / f"way{i}") for i, r in enumerate(firsts)]
             drawn["layers"] = draw(folder / f"{stem(view, rung)}_layers.png", lambda f: layerwise_entropy.plot(ways, f))
         if sloped:
-            runs = [on_the_way(r, f"{r['arm']}, seed {r['seed']}", base / f"slope{i}") for i, r in enumerate(sloped)]
+            runs = [on_the_way(r, _titled(r), base / f"slope{i}") for i, r in enumerate(sloped)]
             drawn["slopes"] = draw(folder / f"{stem(view, rung)}_slopes.png", lambda f: learned_slopes.plot(runs, f))
         if bad:
             kind = "nan" if any(r.get("nan_counts") for r in bad) else "inf"
@@ -188,6 +206,8 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
             gone = [lr * 1.03**i for lr in found if lr not in kept]  # side by side
             ax.plot(gone, [top] * len(gone), "x", color=colour, ms=6, mew=1.6)
         ax.plot([], [], "x", color=common.GREY, ms=6, mew=1.6, label="lost at this rate")
+        if not finite:
+            ax.set_yticks([])  # there are crosses alone, at no loss
         ax.set_xscale("log")
         ladder = sorted({lr for found in tried.values() for lr in found})
         ax.set_xticks(ladder, [words.rate_name(lr) for lr in ladder])
@@ -243,13 +263,13 @@ def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
             for kind, colour in (("mean", common.COLOURS[1]), ("uniform", common.COLOURS[0])):
                 ax.plot(cost.level, getattr(cost, kind), "o", ms=2, color=colour, alpha=0.6, label=kind)
             ax.set_yscale("symlog", linthresh=1e-3)
-            ax.set_xlim(0, 1)
+            ax.set_xlim(-0.02, 1.02)
             ax.set_title(common.wrapped(words.arm_words(arm), 6.75 / columns - 0.4))
             if i % columns == 0:
                 ax.set_ylabel("Change of loss (nats)")
             if i:
                 ax.sharey(axes[0])
-            ax.set_xlabel("Head's level")
+            ax.set_xlabel("Entropy / ceiling")
         fig.legend(handles=axes[0].get_lines()[-2:], loc="outside lower right", ncols=2)
 
     return {"heads": draw(folder / f"{stem(view, rung)}_heads.png", plot)}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from normfree.records import write_atomically
 from revival import budget, figures, figures_scale, tables, words
+from revival.cells import PUBLISHED_T
 from revival.differences import differences
 from revival.plan import plan
 from revival.study import Results
@@ -23,6 +24,8 @@ TITLES = {
 NOTES = {
     "B": "Pythia has biases in its feed-forward layers, and the original's GPT-2 has none: the arms of rung A have "
     "them, and the change is to take them away.",
+    "C": "`faithful` is the published schedule stopped at a tenth (211 million tokens); `tuned` has the length of rung "
+    "A, so that the two sizes compare at one length.",
     "D": "A run that is stopped at its first bad step counts as lost after that one step; elsewhere bad steps are left "
     "out, and it takes 100 of them in a row.",
     "F": "Depth-scaled initial values, a deviation too, are arms of rung B, at their own best rates.",
@@ -38,6 +41,12 @@ perplexity with ReLU than with GELU, while with LayerNorm it is the other way ro
 early heads at their largest possible entropy ("entropic overload"). Its code has one seed, no Pythia, and bugs that may
 move the result. Does it hold, at tuned rates, over seeds, and why?
 """
+LEGEND = (
+    "Differences are ReLU \u2212 GELU where not said otherwise: of losses in nats, paired by seed (n pairs), "
+    "with 95 % t intervals; told apart means that the interval leaves out 0. The papers trained 2.1 billion tokens of "
+    "CodeParrot, one seed: what is called published is that."
+)
+NOT_RUN = ": not run."
 METHOD = """## Method, fixed before the runs
 
 - **Unit** is the seed, which governs initial weights and data order: arms of one seed share both. Differences are
@@ -71,10 +80,15 @@ COMMANDS = """## Commands
 python experiments/revival_corpus.py --out DIR                     # the fixed corpus
 python experiments/relu_revival.py --scale smoke                   # the machinery, on a CPU, in a minute
 python experiments/relu_revival.py --scale short --corpus DIR      # the study; --cells A B/gelu* and --budget-minutes M
+python experiments/relu_revival.py --scale short --corpus DIR --gpus 0,0,0   # three cells at a time on one GPU
 python experiments/relu_revival.py --scale short --dry-run         # what is left, and how long it takes
 python experiments/relu_revival.py --scale full                    # the published recipe on CodeParrot
 python experiments/relu_revival.py --report                        # this page
 ```
+
+Alone on an H200, a cell of rung A is expected to train for 36 of its 81 seconds; start, compilation and evaluation have
+the rest. With `--gpus 0,0,0` three cells share the GPU, and one trains while another starts; memory is no limit there.
+The long cells of rung C gain little by it. A budget is best spent in one call: towards its end no cell begins any more.
 """
 
 
@@ -114,10 +128,19 @@ def _answers(found: Sequence[View]) -> list[str]:
     if not _studies(found):
         return [*lines, "Not run: there is no result of scale short or full yet.", ""]
     for view in _studies(found):
-        lines += [f"Scale {view.scale}, corpus `{view.fingerprint[:12]}`.", ""]
+        lines += [f"Scale {view.scale}, corpus `{view.fingerprint[:12]}`. {LEGEND}", ""]
         for question, answer in QUESTIONS.items():
-            lines += [f"**{question}**", "", *(f"- {line}" for line in answer(view)), ""]
+            lines += [f"**{question}**", "", *(f"- {line}" for line in _gathered(answer(view))), ""]
     return lines
+
+
+def _gathered(lines: Sequence[str]) -> list[str]:
+    """What was not run is one line, the last."""
+    ran = [line[0].upper() + line[1:] for line in lines if not line.endswith(NOT_RUN)]
+    missing = [line.removesuffix(NOT_RUN) for line in lines if line.endswith(NOT_RUN)]
+    if not ran:
+        return ["Not run."]
+    return ran + ([f"Not run: {'; '.join(missing)}."] if missing else [])
 
 
 def _scale(view: View, folder: Path, docs: Path) -> list[str]:
@@ -129,7 +152,8 @@ def _scale(view: View, folder: Path, docs: Path) -> list[str]:
         ]
     for rung in view.rungs():
         note = [NOTES[rung], ""] if rung in NOTES else []
-        lines += [f"### {TITLES[rung]}", "", *note, *_rung(view, rung), *_figures(view, rung, folder, docs)]
+        title = TITLES[rung] if view.scale != "smoke" else "Four arms of a nano model, at one rate"
+        lines += [f"### {title}", "", *note, *_rung(view, rung), *_figures(view, rung, folder, docs)]
     return lines
 
 
@@ -138,7 +162,7 @@ def _provenance(view: View) -> str:
         return ", ".join(dict.fromkeys(str(record[name] or "unknown") for record in view.records))
 
     torch = ", ".join(dict.fromkeys(record["versions"]["torch"] for record in view.records))
-    hours = sum(record["seconds"] for record in view.records) / 3600
+    hours = budget.gpu_seconds(view.records) / 3600
     ran = f"{len(view.records)} cells, {hours:.1f} hours of {all_of('device')}; PyTorch {torch}"
     return f"{ran}; {all_of('precision')}; tokenizer {all_of('tokenizer')}; commits {all_of('commit')}."
 
@@ -176,24 +200,26 @@ def _rung(view: View, rung: str) -> list[str]:
 def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
     """The pictures of a rung, drawn now."""
     drawn: list[tuple[str, Path]] = []
+    T = next(record["T"] for record in view.records if record["rung"] == rung)
     for name, path in figures.loss_against_rate(view, rung, folder).items():
         drawn.append((_caption(name), path))
     for prefix in PREFIXED.get(rung, ()):
         for name, path in figures.maps(view, rung, folder, prefix).items():
-            drawn.append((_caption(name) + (f" ({prefix.rstrip(':')})" if prefix else ""), path))
+            drawn.append((_caption(name, T) + (f" ({prefix.rstrip(':')})" if prefix else ""), path))
     for draw in (figures.seeds, figures_scale.mechanism, figures.heads, figures.trajectories):
         drawn += [(_caption(name), path) for name, path in draw(view, rung, folder).items()]
     return [line for words_, path in drawn for line in (f"![{words_}]({path.relative_to(docs).as_posix()})", "")]
 
 
-def _caption(name: str) -> str:
+def _caption(name: str, T: int = PUBLISHED_T) -> str:
+    theirs = T == PUBLISHED_T
     return {
         "rates": "Loss against peak learning rate; lost runs are crosses",
-        "maps": "Entropy of every head at the end, with the published maps (GPT-2 124M, 2.1 billion tokens)",
-        "ranges": "Share of heads in each quarter of the ceiling, with the published bars",
+        "maps": "Entropy of every head at the end" + ", with the published maps (GPT-2 124M)" * theirs,
+        "ranges": "Share of heads in each quarter of the ceiling" + ", with the shares in the published maps" * theirs,
         "layers": "Entropy by layer over steps",
         "seeds": "Every seed's loss at its arm's own rate",
-        "heads": "Change of loss when a head's attention is replaced, against the head's level",
+        "heads": "Change of loss when a head's attention is replaced, against its entropy (grey: overloaded)",
         "scale": "Spread of pre-activations by layer, and share of heads that have left the ceiling; a line a run, "
         "and no panel where all runs were lost",
         "slopes": "Learned slopes over steps",
@@ -203,8 +229,9 @@ def _caption(name: str) -> str:
 
 def _costs(found: Sequence[View]) -> list[str]:
     text = [
-        "Expected is what the recipe says of one H200 (steps, start, compilation and evaluation); a call with",
-        "`--budget-minutes` begins no cell that would end later.",
+        "Expected is what the recipe says of a cell alone on an H200; a call with `--budget-minutes` begins no cell",
+        "that would end later. A cell that shares a GPU takes longer, and counts with its part of the time. The first",
+        "steps end when both graphs are compiled.",
     ]
     return ["## What it costs", "", *text, "", *budget.costs(found), ""]
 

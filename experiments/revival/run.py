@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from revival import records as store
@@ -25,6 +26,7 @@ from revival.study import Results
 EXPERIMENTS = Path(__file__).parents[1]
 CHILD = (sys.executable, "-m", "revival.cell")
 TAIL = 25  # lines of a failed process that are shown
+GIVE_UP = 3  # times each worker's process fails while no cell is kept: it is not the cells
 GRACE = 20  # seconds that a stopped process has to end by itself
 # Compiled code is kept between the processes of this machine; set the variables to keep it elsewhere.
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "relu_revival-inductor", "TRITON_CACHE_DIR": "relu_revival-triton"}
@@ -48,6 +50,11 @@ class Options:
     together: int = 1  # cells a process trains one after another
     began: float = field(default_factory=time.monotonic)  # the command; the budget counts from here
 
+    @property
+    def workers(self) -> int:
+        """How many share a GPU, at most."""
+        return max(map(self.gpus.count, self.gpus), default=1)
+
 
 @dataclass
 class Session:
@@ -57,13 +64,15 @@ class Session:
     running: dict[str, Cell] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     done: int = 0
-    pace: Pace = field(default_factory=Pace)
+    in_a_row: int = 0  # processes that failed since a cell was kept
+    pace: Pace = field(init=False)
     changed: threading.Condition = field(default_factory=threading.Condition)
     processes: set[Any] = field(default_factory=set)
     stopping: bool = False
     error: BaseException | None = None  # of a worker: not of a cell, which fails by itself
 
     def __post_init__(self) -> None:
+        self.pace = Pace(self.options.workers)
         if self.options.seconds < float("inf"):
             self.pace.recall(self.records(), device_name(self.options.gpus))
 
@@ -106,13 +115,18 @@ class Session:
     def take(self) -> list[Cell]:
         """Cells for a worker; waits while others may yet make some possible. Empty: there is nothing more to do."""
         with self.changed:
-            while not self.stopping:
+            while not self.stopping and not self.hopeless:
                 cells = self.ready()
                 if cells or not self.running:
                     self.running |= {cell.name: cell for cell in cells}
                     return cells
                 self.changed.wait()
             return []
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether to begin no more: where every cell fails, the rest of the budget would go the same way."""
+        return self.in_a_row >= GIVE_UP * max(1, len(self.options.gpus))
 
     def finish(self, cells: Sequence[Cell], seconds: float) -> None:
         """A process has ended: what it kept is done, the first of the rest failed and is not tried again by this call.
@@ -126,10 +140,11 @@ class Session:
             for cell in cells:
                 del self.running[cell.name]
             self.done += len(kept)
+            self.in_a_row = 0 if kept else self.in_a_row + 1
             self.failed |= {cell.name for cell in rest[:1]}
-            start = (seconds - sum(float(record["seconds"]) for record in kept.values())) / len(cells)
+            more = (seconds - sum(float(record["seconds"]) for record in kept.values())) / len(cells)
             for cell in cells if not rest else ():
-                self.pace.learn(cell, kept[cell.name], max(0.0, start))
+                self.pace.learn(cell, kept[cell.name], max(0.0, more))
             self.changed.notify_all()
 
     # -- a process ----------------------------------------------------------------------------------------------------
@@ -153,6 +168,7 @@ class Session:
         folder = Path(tempfile.mkdtemp(dir=options.runs, prefix="cell-"))
         tasks = {"out": str(options.out.resolve()), "scale": options.scale, "keep": options.keep}
         tasks |= {"runs": str(folder if not options.keep else options.runs), "commit": options.commit}
+        tasks |= {"began": time.monotonic(), "workers": options.workers}
         tasks["cells"] = [task_of(cell, options.place) for cell in cells]
         (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
         began = time.monotonic()
@@ -165,6 +181,8 @@ class Session:
                 cwd=EXPERIMENTS.parent,
             )
             self.processes.add(process)
+            if self.stopping:  # since these cells were taken
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
         seconds = time.monotonic() - began
@@ -244,23 +262,33 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(i) for i in range(torch.cuda.device_count()))
 
 
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # timeout(1) sends two
+    raise SystemExit
+
+
 def run(options: Options) -> int:
-    """Train what can be trained; 0 where nothing failed. Ctrl-C loses only the cells under way."""
+    """Train what can be trained; 0 where nothing failed. Ctrl-C and SIGTERM lose only the cells under way."""
     session = Session(options)
     workers = [threading.Thread(target=session.work, args=(gpu,), daemon=True) for gpu in options.gpus or (None,)]
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers):
             time.sleep(0.2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         session.stop()
         for worker in workers:
             worker.join()
         say(f"interrupted; {session.done} cells are done and kept")
-        return 130
+        return 130 if isinstance(stop, KeyboardInterrupt) else 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if session.error is not None:
         raise session.error
+    if session.hopeless:
+        say(f"given up: the last {session.in_a_row} processes failed")
     minutes = (time.monotonic() - options.began) / 60
     say(f"{session.done} cells in {minutes:.1f} minutes; {len(session.failed)} failed")
     return 1 if session.failed else 0

@@ -48,7 +48,8 @@ class Waiting:
     rung: str
     why: str
     cells: int
-    seconds: float
+    tokens: int  # of each
+    seconds: float  # of all
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,10 @@ def tuned(studies: Sequence[Study], results: Results, common: bool = False) -> S
 
 
 def later(studies: Sequence[Study], results: Results, why: str) -> Waiting:
-    n, why = len(results.seeds), f"{_names(studies)}: {why}"
-    return Waiting(studies[0].rung, why, n * len(studies), n * sum(s.recipe.seconds for s in studies))
+    """`studies`: of one recipe."""
+    n, why = len(results.seeds) * len(studies), f"{_names(studies)}: {why}"
+    first = studies[0]
+    return Waiting(first.rung, why, n, first.recipe.tokens, n * first.recipe.seconds)
 
 
 def _names(studies: Sequence[Study]) -> str:

@@ -42,6 +42,9 @@ def order(view: View) -> list[str]:
     """Does ReLU beat GELU without norms, by how much, at tuned rates; does the order flip with norms?"""
     lines = []
     for rung, prefix, published in CASES:
+        if not {prefix + arm for arm in FOUR} & set(view.arms(rung)):
+            lines.append(f"{about(rung, prefix)}: not run.")
+            continue
         for norm, one, other in (("none", "relu", "gelu"), ("norms", "ln+relu", "ln+gelu")):
             with_norms = "With LayerNorm" if norm == "norms" else "Without block norms"
             head = f"{with_norms} ({about(rung, prefix)})"
@@ -54,12 +57,8 @@ def order(view: View) -> list[str]:
                 name: ("A" if rung == "G" else arm[0], arm[1].removeprefix("t256:")) for name, arm in arms.items()
             }
             pair = view.own(*arms["ReLU"]), view.own(*arms["GELU"])
-            lines.append(_order(view, head, *pair, gap, unsettled(view, **chosen_on)))
-            common = view.common_rate(rung) if not prefix else None
-            if common is not None and {view.own_rate(rung, one), view.own_rate(rung, other)} != {common}:
-                pair = view.reported(rung, one, common), view.reported(rung, other, common)
-                if all(pair):
-                    lines.append(_order(view, f"{head}, at the common rate", *pair, gap))
+            line = _order(view, head, *pair, gap, unsettled(view, **chosen_on))
+            lines.append(line + ("" if prefix else _at_common(view, rung, one, other, gap)))
         lines += _flip(view, rung, prefix)
     return lines
 
@@ -74,18 +73,34 @@ def _order(
     who = {-1: "ReLU beats GELU", 1: "GELU beats ReLU", 0: "ReLU and GELU are not told apart"}[gap.sign]
     rates = f"rates {words.rate_name(ours[0]['lr'])} and {words.rate_name(theirs[0]['lr'])}"
     return (
-        f"{preliminary(gap)}{head}, {tokens_of(ours)}, {rates}: {who}: ReLU {words.MINUS} GELU is "
-        f"{splits(view, ours, theirs)}; on the trainer's own tokens {quarters(view, ours, theirs)} of the run; {gone}. "
-        f"Published after 2.1 billion tokens of CodeParrot, one seed: {words.signed(published, 3)} nats"
+        f"{preliminary(gap)}{head}, {tokens_of(ours)}: {who}: {splits(view, ours, theirs)}; "
+        f"{quarters(view, ours, theirs)}; {rates}; {gone}. Published: {words.signed(published, 3)}"
         f"{_agreement(gap.sign, -1 if published < 0 else 1)}."
     )
+
+
+def _at_common(view: View, rung: str, one: str, other: str, published: float) -> str:
+    """The same pair at the common rate, where that is not both arms' own; a sentence for the end of a line."""
+    common = view.common_rate(rung)
+    if common is None or {view.own_rate(rung, one), view.own_rate(rung, other)} == {common}:
+        return ""
+    ours, theirs = view.reported(rung, one, common), view.reported(rung, other, common)
+    if not (ours and theirs):
+        return ""
+    gap, gone = view.gap(ours, theirs), lost_of(ReLU=ours, GELU=theirs) + not_paired(ours, theirs)
+    head = f"{preliminary(gap)}At the common rate, {words.rate_name(common)}"
+    if gap is None:
+        return f" {head}: no seed of which both arms survived and compare; {gone}."
+    agrees = gap.sign == (-1 if published < 0 else 1)
+    told = "not told apart from 0" if gap.sign == 0 else "as published" if agrees else "**against the paper**"
+    return f" {head}: {words.interval(gap)}, {told}; {gone}."
 
 
 def _agreement(sign: int, published: int) -> str:
     """For the end of a sentence: what a sign (0: not told apart) says of the published one."""
     if sign == 0:
         return ", which these runs neither show nor contradict"
-    return ", in the same direction as here" if sign == published else f". {AGAINST}"
+    return ", the same direction" if sign == published else f". {AGAINST}"
 
 
 def _as_published(sign: int, published: int) -> str:
@@ -113,10 +128,9 @@ def _flip(view: View, rung: str, prefix: str) -> list[str]:
     )
     published = -1 if (free.sign, normed.sign) == (-1, 1) else 1
     return [
-        f"{preliminary(free, normed, change)}{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: "
-        f"ReLU {words.MINUS} GELU is {words.interval(free)} nats without norms and {words.interval(normed)} with them; "
-        f"taking the norms out changes ReLU {words.MINUS} GELU by {words.interval(change)} nats; {gone}. Published: "
-        f"ReLU is better without norms and GELU with them{_agreement(published if turned else 0, -1)}."
+        f"{preliminary(free, normed, change)}{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: taking "
+        f"them out changes ReLU {words.MINUS} GELU by {words.interval(change)} nats; {gone}. Published: "
+        f"they do{_agreement(published if turned else 0, -1)}."
     ]
 
 
@@ -129,13 +143,14 @@ def overloaded(view: View) -> list[str]:
             lines.append(f"{about(rung, prefix)}: {absent(view, rung, prefix + 'gelu')}.")
             continue
         shares = ", ".join(
-            f"{words.arm_words(arm)} {words.mean(overload(found), 1, 100)} % (lost {words.lost_words(found)})"
-            if found
-            else f"{words.arm_words(arm)}: {absent(view, rung, prefix + arm)}"
+            f"{words.arm_words(arm)} {words.mean(overload(found), 1, 100)} %"
+            if overload(found)
+            else f"{words.arm_words(arm)}: {'no run survived' if found else absent(view, rung, prefix + arm)}"
             for arm, found in arms.items()
         )
+        gone = lost_of(**{words.arm_words(arm): found for arm, found in arms.items() if found})
         head = f"{about(rung, prefix)}, {tokens_of(next(filter(None, arms.values())))}"
-        text = f"{head}: heads at or above 3/4 of the ceiling at the end: {shares}."
+        text = f"{head}: overloaded heads at the end: {shares}; {gone}."
         against_norms = view.gap(arms["gelu"], arms["ln+gelu"], "overload")
         against_relu = view.gap(arms["relu"], arms["gelu"], "overload")
         if against_norms is not None:
@@ -145,8 +160,8 @@ def overloaded(view: View) -> list[str]:
                 f" {preliminary(against_relu)}Without norms, ReLU {words.MINUS} GELU is "
                 f"{words.interval(points(against_relu), 1)} percentage points{_as_published(against_relu.sign, -1)}."
             )
-        lines.append(f"{text} {_published_overload()}.")
-    return lines
+        lines.append(text)
+    return [*lines, f"{_published_overload()}."]
 
 
 def _overload_of(gap: Difference) -> str:
@@ -159,7 +174,7 @@ def _overload_of(gap: Difference) -> str:
 
 def _published_overload() -> str:
     shares = ", ".join(f"{words.arm_words(arm)} {share} %" for arm, share in PUBLISHED_OVERLOAD.items())
-    return f"Published (GPT-2 124M, 2.1 billion tokens of CodeParrot, one seed): {shares}"
+    return f"Published for GPT-2 124M, T = 128: {shares}"
 
 
 QUESTIONS = {

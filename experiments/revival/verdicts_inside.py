@@ -5,11 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from revival import words
-from revival.cases import CASES, about, absent, preliminary, tokens_of, unsettled
+from revival.cases import CASES, about, absent, lost_of, preliminary, tokens_of, unsettled
 from revival.heads_table import SMALL, at_once, costs, per_seed
 from revival.records import Record, is_lost, numbers
 from revival.statistics import ENOUGH, Difference, difference, paired
 from revival.view import FOUR, View, lost
+
+WASTED = (
+    "Cost is the change of loss in nats when uniform attention takes a head's place: the mean over each model's heads, "
+    "then over the seeds that have any."
+)
 
 
 def wasted(view: View) -> list[str]:
@@ -20,7 +25,7 @@ def wasted(view: View) -> list[str]:
             everyone = view.own(rung, prefix + arm)
             if everyone:
                 lines.append(_wasted(f"{words.arm_words(arm)} ({about(rung, prefix)})", everyone))
-    return lines or ["Not run."]
+    return [WASTED, *lines] if lines else ["Not run."]
 
 
 def _wasted(name: str, everyone: Sequence[Record]) -> str:
@@ -41,10 +46,9 @@ def _wasted(name: str, everyone: Sequence[Record]) -> str:
     both = [at_once(records, kind) for kind in ("uniform", "mean")]
     together = [words.interval(difference(costs_)) if costs_ else words.DASH for costs_ in both]
     return (
-        f"{few}{name}, {tokens_of(records)}: with uniform attention in its place, an overloaded head costs "
-        f"{words.interval(difference(mine), 5)} nats{others} (means of each model's heads, over the seeds that have "
-        f"any); {cheap} of {int(chosen.sum())} overloaded heads cost less than {SMALL:g} nats each. All of a model's "
-        f"at once: {together[0]} nats, with their own mean attention {together[1]}; {gone}."
+        f"{few}{name}, {tokens_of(records)}: an overloaded head costs {words.interval(difference(mine), 5)}{others}; "
+        f"{cheap} of {int(chosen.sum())} overloaded heads cost less than {SMALL:g}; all of a model's at once "
+        f"{together[0]}, with their own mean attention {together[1]}; {gone}."
     )
 
 
@@ -82,11 +86,11 @@ def _slopes(view: View, arm: str) -> str:
         told = "one seed tells no slope apart from 0 or from its start"
     elif n == 1:
         apart = ["told apart" if gap.sign else "not told apart" for gap in (*at_zero, *moved)]
-        told = f"it is {apart[0]} from 0 and {apart[1]} from the start (95 % intervals over seeds)"
+        told = f"it is {apart[0]} from 0 and {apart[1]} from the start"
     else:
         told = (
             f"of {n} slopes {sum(gap.sign != 0 for gap in at_zero)} told apart "
-            f"from 0 and {sum(gap.sign != 0 for gap in moved)} from the start (a 95 % interval each, over seeds)"
+            f"from 0 and {sum(gap.sign != 0 for gap in moved)} from the start"
         )
     return (
         f"{preliminary(size)}{words.slope_words(arm)}, {tokens_of(kept)}: at the end mean |slope| is {_size(size)}, "
@@ -102,7 +106,7 @@ def _decay(view: View, without: str, with_: str) -> str:
     """No decay against decay: mean |slope|, seed by seed."""
     pair = view.own("E", without), view.own("E", with_)
     head = f"{words.slope_words(without)}, against decay of the original's total"
-    gone = "lost: no decay {}, decay {}".format(*map(words.lost_words, pair))
+    gone = lost_of(**{"no decay": pair[0], "decay": pair[1]})
     gap = paired(mean_size(_sloped(pair[0])), mean_size(_sloped(pair[1])))
     if gap is None:
         return f"{head}: no seed of which both survived; {gone}."
@@ -131,12 +135,14 @@ def collapse(view: View) -> list[str]:
     lines = []
     for arm in view.arms("D"):
         records = view.own("D", arm)
-        steps = [r["lost"]["step"] for r in records if is_lost(r) and r["lost"]["step"] is not None]
-        when = f", at steps {min(steps)} to {max(steps)}" if steps else ""
+        steps = [r["lost"]["step"] for r in records if is_lost(r)]
+        on_the_way = [step for step in steps if step is not None]
+        when = f", {len(on_the_way)} at steps {min(on_the_way)} to {max(on_the_way)}" if on_the_way else ""
+        when += f", {steps.count(None)} by the final loss" if None in steps else ""
         if arm.startswith("paper_nan"):
             how = "nothing stops it, fp16"
         else:
-            how = "bf16, stopped at its first bad step, which alone makes it count as lost"
+            how = "bf16, stops at its first bad step, which alone makes it count as lost"
         nan = sum(bool(r.get("nan_counts", {}).get("attn_probs")) for r in records)
         few = "Preliminary: " if lost(records)[1] < ENOUGH else ""
         lines.append(

@@ -19,7 +19,7 @@ from revival.records import Record
 from revival.statistics import Difference, paired
 from revival.view import View, overload
 
-CHANGED, BASE = "the changed arm", "the base on rung A"
+CHANGED, BASE = "changed", "rung A"
 BOTH = ("+embed22.627", "+embed50", "-ffbias", "+depth")  # variants of GELU and of ReLU
 GELU_ONLY = ("+beta10", "+beta60")  # ReLU is the same at every scale of its input
 CONTROL = "ln+gelu+embed22.627"
@@ -39,22 +39,24 @@ def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
     name = words.arm_words(f"gelu{variant}").partition(", ")[2]
     name += " (ReLU is the same at every such scale)" if variant in GELU_ONLY else ""
     gelu = ("B", f"gelu{variant}")
+    if not {relu, gelu} & {("B", arm) for arm in view.arms("B")}:
+        return f"Without norms, {name}: not run."
     if missing := not_there(view, ReLU=relu, GELU=gelu):
         return f"Without norms, {name}: {missing}."
     ours, theirs = view.own(*relu), view.own(*gelu)
     base_relu, base = view.own("A", "relu"), view.own("A", "gelu")
-    gone = f"{lost_of(ReLU=ours, GELU=theirs)}; on rung A {lost_of(ReLU=base_relu, GELU=base)}"
+    gone = f"rates {words.rate_name(ours[0]['lr'])} and {words.rate_name(theirs[0]['lr'])}; "
+    gone += f"{lost_of(ReLU=ours, GELU=theirs)}; on rung A {lost_of(ReLU=base_relu, GELU=base)}"
     gone += not_paired(ours, theirs) + unsettled(view, ReLU=relu, GELU=gelu)
-    head = f"Without norms, {name}, {tokens_of(theirs)}, rates {words.rate_name(ours[0]['lr'])} and "
-    head += words.rate_name(theirs[0]["lr"])
+    head = f"Without norms, {name}, {tokens_of(theirs)}"
     before, after = view.gap(base_relu, base), view.gap(ours, theirs)
     if after is None:
         return f"{head}: no seed of which both survived and compare; {gone}."
     change = paired(after.points, before.points) if before else None
     return (
-        f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)} "
-        f"({quarters(view, ours, theirs)} of the run), {_explained(before, after, change)}; GELU alone: "
-        f"{_own(view, theirs, base)}; {gone}.{_against(after)}"
+        f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)}, "
+        f"{_explained(before, after, change)}; {quarters(view, ours, theirs)}. GELU alone: "
+        f"{_own(view, theirs, base)}. {gone[0].upper()}{gone[1:]}.{_against(after)}"
     )
 
 
@@ -62,7 +64,7 @@ def _explained(before: Difference | None, after: Difference, change: Difference 
     """What became of the difference that was there before, with the paired interval of the change."""
     if before is None or change is None:
         return "and there is no seed that it can be compared with on rung A"
-    text = f"instead of {words.interval(before)} as on rung A, a change by {words.interval(change)}"
+    text = f"instead of {words.interval(before)} on rung A, a change by {words.interval(change)}"
     if before.sign == 0:
         return f"{text} (before, it was not told apart from 0, so that no share of it can be explained)"
     if before.mean * after.mean < 0:
@@ -78,7 +80,7 @@ def _own(view: View, ours: Sequence[Record], base: Sequence[Record]) -> str:
     shares = f"{words.mean(overload(base), 1, 100)} to {words.mean(overload(ours), 1, 100)} %"
     change = words.interval(points(view.gap(ours, base, "overload")), 1)
     return (
-        f"loss changes by {words.interval(view.gap(ours, base))} nats, overloaded heads from {shares} "
+        f"its loss changes by {words.interval(view.gap(ours, base))} nats, its overloaded heads from {shares} "
         f"(paired: {change} percentage points)"
     )
 
@@ -112,7 +114,7 @@ def _changed(view: View, name: str, arms: dict[str, tuple[str, str]], theirs: Se
     change = words.interval(points(view.gap(ours, theirs, "overload")), 1)
     return (
         f"{preliminary(gap)}{name}, {tokens_of(ours)}, {rates}: {what}: the loss changes by "
-        f"{splits(view, ours, theirs)} ({quarters(view, ours, theirs)} of the run), overloaded heads from {shares} "
+        f"{splits(view, ours, theirs)}; {quarters(view, ours, theirs)}. Overloaded heads from {shares} "
         f"(paired: {change} percentage points); {gone}."
     )
 

@@ -30,8 +30,8 @@ class View:
         return sorted({record["rung"] for record in self.records})
 
     def arms(self, rung: str) -> list[str]:
-        """In order of first appearance."""
-        return list(dict.fromkeys(record["arm"] for record in self.records if record["rung"] == rung))
+        """Arms of one recipe together, in the order of the four; workers finish in any order."""
+        return sorted({record["arm"] for record in self.records if record["rung"] == rung}, key=_place)
 
     def reported(self, rung: str, arm: str, lr: float | None = None) -> list[Record]:
         """The runs of the reported seeds, by rate and seed."""
@@ -78,6 +78,12 @@ class View:
         apart = set(unlike(ours, theirs))
         one, other = values(ours, name), values(theirs, name)
         return paired({seed: value for seed, value in one.items() if seed not in apart}, other)
+
+
+def _place(arm: str) -> tuple[str, int, str]:
+    recipe, _, rest = arm.rpartition(":")
+    base = max((name for name in FOUR if rest.startswith(name)), key=len, default="")
+    return recipe, FOUR.index(base) if base else len(FOUR), rest
 
 
 ALIKE = ("planned_tokens", "val_tokens", "T")  # equal in runs that are paired
