@@ -27,6 +27,21 @@ class Group(NamedTuple):
     kind: str
 
 
+class Part(NamedTuple):
+    """A piece of a buffer: all layers of a statistic at one site, or numbers that a level does not measure."""
+
+    name: str | None
+    site: str
+    size: int
+
+
+class Plan(NamedTuple):
+    """What a level does, worked out beforehand: tracing a compiled step costs by what Python has to go through."""
+
+    measured: dict[str, list[tuple[str, Statistic]]]  # site -> statistics
+    parts: dict[Group, list[Part]]  # of the buffers that are written
+
+
 INSIDE_ATTENTION = ("q", "k", "attn_probs")
 LEVELS = ("off", "residual", "all", "record")  # what runs inside a forward pass; each contains the one before
 
@@ -34,6 +49,20 @@ LEVELS = ("off", "residual", "all", "record")  # what runs inside a forward pass
 def is_forward(name: str) -> bool:
     """Whether a statistic is measured in the forward pass, by `Recorder`; else it is `ParameterRecorder`'s."""
     return not issubclass(STATISTICS[name], ParameterStatistic)
+
+
+def _is_wanted(statistic: Statistic, site: str, level: str) -> bool:
+    """Whether a level measures the statistic at this site, which is one of its own."""
+    if level in ("off", "record"):
+        return level == "record"
+    return site in statistic.every_step and (level == "all" or site == "block")
+
+
+def _append(parts: list[Part], part: Part) -> None:
+    """Neighbours that are not measured are one constant."""
+    if part.name is None and parts and parts[-1].name is None:
+        part = Part(None, part.site, parts.pop().size + part.size)
+    parts.append(part)
 
 
 class Recorder:
@@ -69,6 +98,8 @@ class Recorder:
         self.snapshot_names = [name for name in classes if self.statistics[name].snapshot]
         self.watch_names = [name for name in classes if self.statistics[name].every_step]
         self._places, self._buffers = self._lay_out()
+        self._plans = {level: self._plan_of(level) for level in LEVELS}
+        self._plan = self._plans["off"]
         # micro-batches of this record, and forward passes that recorded
         self.passes = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._seen: dict[str, list[Tensor]] = {}  # of the forward pass under way, one value a layer
@@ -84,8 +115,9 @@ class Recorder:
     def level(self, level: str) -> None:
         assert level in LEVELS, level
         self._level = level
-        look = self._any_wanted(*INSIDE_ATTENTION)
-        self._open = level == "record" or self._any_wanted("mlp_pre", "mlp_hidden")
+        self._plan = self._plans[level]
+        look = any(site in self._plan.measured for site in INSIDE_ATTENTION)
+        self._open = level == "record" or any(site in self._plan.measured for site in ("mlp_pre", "mlp_hidden"))
         for block in self._blocks:
             block.mlp.open = self._open
             block.attn.inner_attention.look = look
@@ -119,6 +151,21 @@ class Recorder:
             sizes[group] = sizes.get(group, 0) + math.prod(self.shape(name))
         buffers = {g: torch.zeros(size, dtype=torch.float64, device=self.device) for g, size in sizes.items()}
         return places, buffers
+
+    def _plan_of(self, level: str) -> Plan:
+        measured: dict[str, list[tuple[str, Statistic]]] = {}
+        parts: dict[Group, list[Part]] = {
+            group: [] for group in self._buffers if level != "off" and (group.when == "watch" or level == "record")
+        }
+        for name, statistic in self.statistics.items():
+            size = self.n_layer * math.prod(statistic.shape)
+            for site in statistic.sites:
+                wanted = _is_wanted(statistic, site, level)
+                if wanted:
+                    measured.setdefault(site, []).append((name, statistic))
+                if self._places[name][0] in parts:
+                    _append(parts[self._places[name][0]], Part(name if wanted else None, site, size))
+        return Plan(measured, parts)
 
     # -- in the forward pass ------------------------------------------------------------------------------------------
 
@@ -173,21 +220,12 @@ class Recorder:
             mlp.register_forward_hook(on_mlp),
         ]
 
-    def _any_wanted(self, *sites: str) -> bool:
-        return any(self._wanted(s, site) for s in self.statistics.values() for site in sites)
-
-    def _wanted(self, statistic: Statistic, site: str) -> bool:
-        """Whether this level measures the statistic at this site."""
-        if self._level == "off" or site not in statistic.sites:
-            return False
-        if self._level == "record":
-            return True
-        return site in statistic.every_step and (self._level == "all" or site == "block")
-
     def _measure(self, seen: Observation) -> None:
+        if seen.site not in self._plan.measured:
+            return
         with torch.no_grad():
-            for name, statistic in self.statistics.items():
-                if self._wanted(statistic, seen.site) and name not in self.failed:
+            for name, statistic in self._plan.measured[seen.site]:
+                if name not in self.failed:
                     value = self._tried(name, statistic.measure, seen)
                     if value is not None:
                         self._seen.setdefault(f"{name}/{seen.site}", []).append(value)
@@ -210,11 +248,9 @@ class Recorder:
         if self._level == "off":
             return
         with torch.no_grad():
-            for group, buffer in self._buffers.items():
-                if group.when == "record" and self._level != "record":
-                    continue
-                names = [name for name, (g, _) in self._places.items() if g == group]
-                values = torch.cat([part for name in names for part in self._values(name, group.kind)])
+            for group, parts in self._plan.parts.items():
+                buffer, nothing = self._buffers[group], float("-inf") if group.kind == "max" else 0.0
+                values = torch.cat([self._part(part, nothing) for part in parts])
                 if group.kind == "max":
                     buffer.copy_(torch.maximum(buffer, values))
                 else:
@@ -222,27 +258,12 @@ class Recorder:
             self.passes[1].add_(1)
         self._seen = {}
 
-    def _values(self, name: str, kind: str) -> list[Tensor]:
-        """Flat float64 tensors, site after site; where this level does not measure, what changes nothing."""
-        statistic, skipped = self.statistics[name], 0
-        parts: list[Tensor] = []
-        nothing = float("-inf") if kind == "max" else 0.0
-
-        def fill() -> None:  # one constant for neighbouring sites
-            if skipped:
-                size = skipped * self.n_layer * math.prod(statistic.shape)
-                parts.append(torch.full((size,), nothing, dtype=torch.float64, device=self.device))
-
-        for site in statistic.sites:
-            part = self._of_all_layers(name, site) if self._wanted(statistic, site) else None
-            if part is None:
-                skipped += 1
-                continue
-            fill()
-            skipped = 0
-            parts.append(part)
-        fill()
-        return parts
+    def _part(self, part: Part, nothing: float) -> Tensor:
+        """Flat, float64; where nothing is measured, what changes nothing."""
+        values = None if part.name is None else self._of_all_layers(part.name, part.site)
+        if values is None:
+            return torch.full((part.size,), nothing, dtype=torch.float64, device=self.device)
+        return values
 
     def _of_all_layers(self, name: str, site: str) -> Tensor | None:
         """None of a statistic that failed."""

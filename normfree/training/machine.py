@@ -54,6 +54,9 @@ def choose_fast(config: Config, device: torch.device) -> bool:
 
 def compiled(model: nn.Module, enabled: bool) -> Callable[..., Any]:
     """The model as one graph; a graph break is an error. The raw module stays beside it and shares its weights."""
+    # What one process compiles the next one finds, graphs with autograd functions of ours too: the cache's key covers
+    # what they were traced to, so that a changed backward pass is another graph.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     return torch.compile(model, fullgraph=True, dynamic=False) if enabled else model
 
 

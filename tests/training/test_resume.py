@@ -205,7 +205,10 @@ def test_a_restart_without_diagnostics_ends_well(train_tiny, monkeypatch):
 @pytest.mark.parametrize("step", [1, 5])
 def test_tensorboard_shows_each_step_once(train_tiny, monkeypatch, step):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Files of one second and process are read in the order of their numbers as text, in which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     run = interrupted_run(train_tiny, monkeypatch, step, **{"log.tensorboard": True})
     events = EventAccumulator(str(run.directory / "tensorboard"))
     events.Reload()
