@@ -10,10 +10,8 @@ from typing import Any
 import fixtures.make_results as made
 import numpy as np
 import pytest
-import relu_revival
-from revival import cells, place, report, rungs, study, tuning
+from revival import cells, place, process, report, rungs, study, tuning
 from revival import records as store
-from revival import run as running
 from revival.place import Place
 from revival.plan import plan
 from revival.statistics import binomial_interval, difference, paired
@@ -140,7 +138,7 @@ def test_longer_sequences_are_read_once_too(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(place, "prepare", prepare)
     where = place.find("full", None, found)
-    tasks = [running.task_of(cell, where) for cell in found]
+    tasks = [process.task_of(cell, where) for cell in found]
     assert [task["place"] for task in tasks] == [["data.fingerprint=f00d128"]] * 4 + [["data.fingerprint=f00d256"]] * 4
     results = study.Results([], where.fingerprint, (1,), where.by_length)
     assert [task["key"] for task in tasks] == [cell.key(f"f00d{128 * (1 + (cell.rung == 'G'))}") for cell in found]
@@ -178,7 +176,8 @@ def test_rates_come_first_then_seeds_then_the_common_rate() -> None:
     assert [cell.seed for cell in own] == [seed for seed in (1, 2, 3, 4, 5) for _ in range(4)]
     assert {(cell.arm.name, cell.lr) for cell in own} == {(a, 1e-3 if a == "gelu" else 2e-3) for a in made.LOSSES}
     assert {(cell.arm.name, cell.lr) for cell in common} == {("gelu", 2e-3)}  # the others' own
-    assert plan("short", report.Named(View("short", "f00d", tuple(records))), ["A"]).cells == common
+    third = plan("short", report.Named(View("short", "f00d", tuple(records))), ["A"])
+    assert (third.cells, len(third.done)) == (common, 20 + 20)  # runs that chose rates are done too
 
 
 def test_a_result_counts_for_its_settings_seed_and_corpus_only(tmp_path: Path) -> None:
@@ -207,7 +206,7 @@ def perform(tmp_path: Path, text_folder: Path, *words: str) -> dict[str, Any]:
     from revival.cell import perform
 
     where = Place((f"data.path={text_folder}", "data.source=files", "model.n_layer=2", *words), "f00d")
-    task = running.task_of(rungs.smoke_cells()[3], where) | {"tuning_tokens": 1024, "report_tokens": 1024}
+    task = process.task_of(rungs.smoke_cells()[3], where) | {"tuning_tokens": 1024, "report_tokens": 1024}
     return perform(task, tmp_path / "runs", keep=False)
 
 
@@ -280,12 +279,3 @@ def test_uniform_attention_is_the_mean_of_values(tmp_path: Path) -> None:
     assert abs(found["uniform"][1, 1]) > 1e-4
     assert found["overloaded"] == 2
     assert found["all_uniform"] != pytest.approx(found["uniform"][0, 0], abs=1e-6)
-
-
-def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert relu_revival.main(["--scale", "smoke", "--dry-run", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "0 cells are done; 4 can be trained now" in printed
-    assert "no cell counts as done" in printed
-    assert relu_revival.main(["--scale", "short", "--out", str(tmp_path)]) != 0
-    assert "--corpus DIR" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Any
 import fixtures.make_results as made
 import pytest
 from revival import figures_scale, report, tables, verdicts
+from revival import records as store
 from revival.differences import differences
 from revival.view import View, views
 
@@ -64,13 +65,17 @@ def test_the_page_can_be_made_of_any_part(page: Any, part: int) -> None:
     text = page(made.rung_a()[:part])
     assert "not run" in text.lower()
     assert "rung D: 10 runs" in text
+    assert "| B | Is it the scale of the input? | Pythia-70M's dimensions | 128 |" in text
+    assert "--report --out /" in text
+    assert "experiments/results" not in text.partition("**Question.**")[0]
+    assert "`experiments/results/relu_revival/`" in report._intro(store.RESULTS)
 
 
 def test_little_models_are_called_so(page: Any) -> None:
     text = page([record | {"T": 64} for record in made.rung_a(seeds=1)], "smoke")
     assert "Not run: there is no result of scale short or full yet." in text
     assert "### Four arms of a nano model, at one rate" in text
-    assert "Pythia-70M's dimensions" not in text
+    assert "Pythia-70M's dimensions" not in text.partition("## Results")[2]
     assert report._caption("maps", 64) == "Entropy of every head at the end"
 
 
@@ -269,6 +274,25 @@ def test_every_rung_has_its_differences() -> None:
         table = differences(view, rung)[2:]
         assert len(table) == rows, rung
         assert all("5: " in row and "52.4 million; 60.0 million; 0.87" in row for row in table)
+
+
+def test_no_panel_cuts_off_another_s_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Panels share an axis, and heads at the ceiling are whole."""
+    figures = report.figures
+    heads = {"uniform": [[0.5, 2.0], [-0.01, 0.0]], "mean": [[-3.0, 0.0], [0.0, 0.0]]}
+    records = [made.make("A", arm, 1e-3, 1, 2.0, 0.5) for arm in ("gelu", "ln+gelu")]
+    records.append(made.make("A", "relu", 1e-3, 1, 2.0, 1.0, heads=heads, pre_activation_std=[[50.0, 90.0]] * 3))
+    view, fig = View("short", "f00d", tuple(records)), figures.common.figure(6.75)
+    for drawer in (figures, figures_scale):
+        monkeypatch.setattr(drawer, "draw", lambda out, plot: plot(fig))
+    figures.heads(view, "A", tmp_path)
+    assert all(ax.get_xlim()[1] >= 1.04 for ax in fig.axes)
+    figures_scale.mechanism(view, "B", tmp_path)
+    assert len(fig.axes) == 3 + 2 * 3
+    for ax in fig.axes:
+        low, high = ax.get_ylim()
+        values = [y for line in ax.get_lines() for y in line.get_ydata()]
+        assert low <= min(values) <= max(values) <= high
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

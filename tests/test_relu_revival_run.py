@@ -10,7 +10,7 @@ from typing import Any
 
 import fixtures.make_results  # noqa: F401  it puts experiments/ where imports find it
 import pytest
-from revival import pace, rungs, study
+from revival import pace, process, rungs, study
 from revival import records as store
 from revival import run as running
 from revival.cells import TUNING_SEED, Cell
@@ -117,8 +117,8 @@ def test_later_rungs_are_held_back_while_rates_of_earlier_ones_may_be_settled(tm
 
 def test_a_process_without_a_gpu_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert running.environment("1")["CUDA_VISIBLE_DEVICES"] == "1"
-    assert running.environment(None)["CUDA_VISIBLE_DEVICES"] == ""
+    assert process.environment("1")["CUDA_VISIBLE_DEVICES"] == "1"
+    assert process.environment(None)["CUDA_VISIBLE_DEVICES"] == ""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
@@ -149,7 +149,7 @@ def test_a_cell_that_fails_costs_itself_alone(
     runs.mkdir()
     options = running.Options("smoke", Place((), "f00d"), out, runs, False, (1,), gpus=("0", "1"))
     for name, code, n in (("child_gelu", 1, 3), ("child_none", 0, 4)):
-        monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / name)))
+        monkeypatch.setattr(process, "CHILD", (sys.executable, str(tmp_path / name)))
         (tmp_path / name).write_text(CHILD)
         assert running.run(options) == code
         printed = capsys.readouterr().out
@@ -171,15 +171,52 @@ def test_a_cell_that_fails_takes_none_along_that_its_process_never_began(
     (out / "smoke").mkdir(parents=True)
     runs.mkdir()
     (tmp_path / "child_ln+relu").write_text(CHILD)  # the second of four
-    monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / "child_ln+relu")))
+    monkeypatch.setattr(process, "CHILD", (sys.executable, str(tmp_path / "child_ln+relu")))
     assert running.run(running.Options("smoke", Place((), "f00d"), out, runs, False, (1,), together=100)) == 1
     assert [record["arm"] for record in store.read(out, "smoke")] == ["ln+gelu", "gelu", "relu"]
     assert "3 cells in 0.0 minutes; 1 failed" in capsys.readouterr().out
     (tmp_path / "child_all").write_text("raise SystemExit('no kernel image is available')")
-    monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / "child_all")))
+    monkeypatch.setattr(process, "CHILD", (sys.executable, str(tmp_path / "child_all")))
     assert running.run(running.Options("smoke", Place((), "f00d"), tmp_path / "new", runs, False, (1, 2))) == 1
     printed = capsys.readouterr().out
     assert "given up: the last 3 processes failed\n0 cells in 0.0 minutes; 3 failed" in printed  # of eight
+
+
+def test_a_process_that_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "smoke").mkdir(parents=True)
+    hangs = "if task['arm'] == 'gelu': import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    (tmp_path / "child").write_text(CHILD.replace("    record = {", f"    {hangs}\n    record = {{"))
+    monkeypatch.setattr(process, "CHILD", (sys.executable, str(tmp_path / "child")))
+    monkeypatch.setattr(process, "GRACE", 0.1)
+    for name in ("HANGS", "UNTRIED"):
+        monkeypatch.setattr(running, name, (0, 1.0))
+    assert running.run(running.Options("smoke", Place((), "f00d"), tmp_path / "out", tmp_path, False, (1,))) == 1
+    assert [record["arm"] for record in store.read(tmp_path / "out", "smoke")] == ["ln+gelu", "ln+relu", "relu"]
+    printed = capsys.readouterr().out
+    assert "A/gelu/lr5e-3/s1: ended, as it may take 1 s at most: failed with exit code -9" in printed
+    assert "3 cells in 0.0 minutes; 1 failed; results: " in printed
+
+
+def test_how_long_a_process_may_take(tmp_path: Path) -> None:
+    cell = PYTHIA.cell(1e-3, 1)
+    assert session(tmp_path).limit([cell]) == float("inf")  # on a CPU nobody knows
+    found = session(tmp_path, gpus=("0",))
+    assert found.limit([cell]) == 3600
+    found.pace.learn(cell, taken(cell, 200))
+    assert found.limit([cell]) == pytest.approx(1000)
+    assert session(tmp_path, gpus=("0",), seconds=100).limit([cell]) == pytest.approx(220, abs=1)
+
+
+def test_a_call_that_begins_nothing_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = tmp_path / "short"
+    options = running.Options("short", Place((), "f00d"), tmp_path, tmp_path, False, (1,), patterns=("E/global*",))
+    assert running.run(options) == 0
+    assert "0 cells are done, none can be begun\nlater: 6 cells of rung E" in capsys.readouterr().out
+    assert running.run(replace(options, patterns=(), seconds=1)) == 0
+    assert "no cell fits into the budget; the next is A/ln+gelu/lr2.5e-4/s101" in capsys.readouterr().out
+    assert not known.exists()
 
 
 def test_a_machine_that_is_taken_away_costs_the_cells_under_way_alone(
@@ -192,7 +229,7 @@ def test_a_machine_that_is_taken_away_costs_the_cells_under_way_alone(
     (tmp_path / "child").write_text(CHILD.replace("    record = {", f"    {ends}\n    record = {{"))
     (tmp_path / "out" / "smoke").mkdir(parents=True)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(running, "CHILD", (sys.executable, str(tmp_path / "child")))
+    monkeypatch.setattr(process, "CHILD", (sys.executable, str(tmp_path / "child")))
     options = running.Options("smoke", Place((), "f00d"), tmp_path / "out", tmp_path / "runs", False, (1,))
     assert running.run(options) == 128 + signal.SIGTERM
     assert [record["arm"] for record in store.read(tmp_path / "out", "smoke")] == ["ln+gelu"]

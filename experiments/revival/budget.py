@@ -30,7 +30,7 @@ def costs(found: Sequence[View]) -> list[str]:
 def _expected(scale: str) -> dict[tuple[str, int], float]:
     """(rung, tokens) -> seconds a cell alone on an H200."""
     fresh = plan(scale, Results([], None))
-    found = {(step.rung, step.tokens): step.seconds / step.cells for step in fresh.waiting}
+    found = {(step.rung, step.recipe.tokens): step.recipe.seconds for step in fresh.waiting}
     return found | {(cell.rung, cell.recipe.tokens): cell.recipe.seconds for cell in fresh.cells}
 
 

@@ -2,8 +2,9 @@
 
     PYTHONPATH=experiments python -m revival.cell TASKS.json
 
-TASKS.json: {"out", "scale", "runs", "keep", "commit", "began", "workers", "cells": [...]}, written by run.py beside
-this. A result is appended as soon as its cell is done, so that a process that is killed loses only the one it is at.
+TASKS.json: {"out", "scale", "runs", "keep", "commit", "began", "workers", "cells": [...]}, written by process.py
+beside this. A result is appended as soon as its cell is done, so that a process that is killed loses only the one it is
+at.
 
 Lost, as fixed before the runs: the probe's forward pass is not finite at ten of its passes in a row, or the final
 validation loss is above the unigram entropy. Cells run under nan_policy=skip: a step whose loss or gradient is not

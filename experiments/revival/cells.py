@@ -6,7 +6,7 @@ A cell is the words of `run.py` that make it (without the place of the text), a 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -115,14 +115,18 @@ class Cell:
         told = [self.settings, self.seed, corpus, measured]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
-    def wanted(self, patterns: Iterable[str]) -> bool:
-        """Whether a pattern (`A`, `A/gelu*`) names this cell; without patterns every cell is wanted."""
-        patterns = list(patterns)
-        return not patterns or any(p == self.rung or fnmatchcase(self.name, p) for p in patterns)
+    def wanted(self, patterns: Sequence[str]) -> bool:
+        """Whether a pattern names this cell; without patterns every cell is wanted."""
+        return not patterns or any(is_named(self.name, pattern) for pattern in patterns)
 
     def missing_keys(self) -> list[str]:
         """Settings that this version of the framework does not have, and the cell needs."""
         return [name for name in self.keys if name not in KEYS]
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a pattern means a cell of this name: `A`, `A/gelu` and `A/gelu/lr1e-3` stand for all that is below."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")
 
 
 def word(name: str, value: Any) -> str:

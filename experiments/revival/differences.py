@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from revival import words
+from revival.cases import CASES
 from revival.records import Record
 from revival.verdicts_scale import BOTH, CONTROL, DEPTH, DEVIATIONS, GELU_ONLY
 from revival.view import QUARTERS, View, unlike
 
 OWN, COMMON, SAME = "own best rate", "common rate", "the base's rate"
 PAIRS = (("relu", "gelu"), ("ln+relu", "ln+gelu"), ("gelu", "ln+gelu"), ("relu", "ln+relu"))
-PREFIXES = ("", "faithful:", "tuned:", "t256:")
+PREFIXES = tuple(prefix for _, prefix, _ in CASES)
 Pair = tuple[str, str, str, Sequence[Record], Sequence[Record]]  # arm, other arm, at which rates, runs, other runs
 
 

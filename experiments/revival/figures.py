@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from normfree.config import Config
+from normfree.heads import OVERLOADED
 from normfree.records import RunWriter
 from normfree.runs import SITES, Run, load_run
 from plotting import common, entropy_heatmap, entropy_ranges, layerwise_entropy, learned_slopes, nan_counts
@@ -80,7 +81,7 @@ def published(arm: str, directory: Path) -> Run:
     values_ = np.array(json.loads(PUBLISHED.read_text(encoding="utf-8"))["data"][NAMES[arm]], dtype=np.float32)
     config = Config(name=f"published, GPT-2 124M: {words.arm_words(arm)}")
     config.model.n_layer, config.model.n_head = values_.shape
-    config.model.norm, config.data.seq_len = ("layernorm" if arm.startswith("ln") else "none"), 128
+    config.model.norm, config.data.seq_len = ("layernorm" if arm.startswith("ln") else "none"), PUBLISHED_T
     writer = RunWriter(directory)
     writer.config(config)
     writer.array("attn_entropy", PUBLISHED_STEPS, values_, ("layer", "head"), "nats")
@@ -219,10 +220,9 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
     return {"rates": draw(folder / f"{stem(view, rung)}_rates.png", plot)}
 
 
-def seeds(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Path]:
+def seeds(view: View, rung: str, folder: Path) -> dict[str, Path]:
     """Every seed's loss at each arm's own rate; a lost run is a cross at the top."""
     found = {arm: view.own(rung, arm) for arm in view.arms(rung) if view.own(rung, arm)}
-    found = {arm: records for arm, records in found.items() if arm.startswith(prefix)}
     if not any(values(records) for records in found.values()):
         return {}
 
@@ -258,17 +258,17 @@ def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
         common.set_height(fig, 0.6 + 1.7 * lines)
         axes = common.grid(fig, len(found), columns)
         for i, (ax, (arm, cost)) in enumerate(zip(axes, found.items(), strict=True)):
-            ax.axvspan(0.75, 1, color="0.94", zorder=0)
+            if i:
+                ax.sharey(axes[0])  # before it is drawn: shared limits then hold the points of all panels
+            ax.axvspan(OVERLOADED, 1, color="0.94", zorder=0)
             ax.axhline(0, color="k", linewidth=0.6, zorder=0)
             for kind, colour in (("mean", common.COLOURS[1]), ("uniform", common.COLOURS[0])):
                 ax.plot(cost.level, getattr(cost, kind), "o", ms=2, color=colour, alpha=0.6, label=kind)
             ax.set_yscale("symlog", linthresh=1e-3)
-            ax.set_xlim(-0.02, 1.02)
+            ax.set_xlim(-0.05, 1.05)  # whole points at both ends
             ax.set_title(common.wrapped(words.arm_words(arm), 6.75 / columns - 0.4))
             if i % columns == 0:
                 ax.set_ylabel("Change of loss (nats)")
-            if i:
-                ax.sharey(axes[0])
             ax.set_xlabel("Entropy / ceiling")
         fig.legend(handles=axes[0].get_lines()[-2:], loc="outside lower right", ncols=2)
 

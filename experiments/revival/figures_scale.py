@@ -11,11 +11,11 @@ from plotting import common
 from revival import words
 from revival.figures import draw, stem
 from revival.records import Record, is_lost, numbers
+from revival.trace import LEFT
 from revival.view import FOUR, View
 
 COLUMNS = 4
 WIDTH = common.WIDTHS[1]  # inches
-CEILING = 0.95  # of a head's largest possible entropy: below it, the head has left it
 Plot = Callable[[Axes, Sequence[Record]], None]
 
 
@@ -35,7 +35,7 @@ def mechanism(view: View, rung: str, folder: Path) -> dict[str, Path]:
         spread, left = fig.subfigures(2, 1, squeeze=False).ravel()
         _panels(spread, found, _spread, "std of pre-activations")
         spread.legend(handles=spread.axes[0].get_lines()[:2], loc="outside lower center", ncols=2)
-        _panels(left, found, _left, f"heads below {CEILING:g}\nof the ceiling (%)")
+        _panels(left, found, _left, f"heads below {LEFT:g}\nof the ceiling (%)")
 
     return {"scale": draw(folder / f"{stem(view, rung)}_scale.png", plot)}
 
@@ -49,14 +49,14 @@ def _panels(fig: FigureBase, found: dict[str, list[Record]], plot: Plot, label: 
     columns = min(COLUMNS, len(found))
     axes = common.grid(fig, len(found), columns)
     for i, (ax, (arm, records)) in enumerate(zip(axes, found.items(), strict=True)):
+        if i:
+            ax.sharey(axes[0])  # before it is drawn: shared limits then hold the lines of all panels
         plot(ax, [r for r in records if _measured(r)])
         gone = sum(map(is_lost, records))
         title = common.wrapped(words.arm_words(arm), WIDTH / columns - 0.4)
         ax.set_title(f"{title}\n{gone} of {len(records)} lost")
         if i % columns == 0:
             ax.set_ylabel(label)
-        if i:
-            ax.sharey(axes[0])
 
 
 def _spread(ax: Axes, records: Sequence[Record]) -> None:

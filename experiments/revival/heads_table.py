@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from normfree.heads import relative_entropy
+from normfree.heads import OVERLOADED, relative_entropy
 from revival import words
 from revival.records import Record, numbers
 
@@ -23,7 +23,7 @@ class Costs:
 
     @property
     def overloaded(self) -> np.ndarray:
-        return self.level >= 0.75
+        return self.level >= OVERLOADED
 
 
 def costs(records: Sequence[Record]) -> Costs:

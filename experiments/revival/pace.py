@@ -32,6 +32,11 @@ class Pace:
     known: dict[Kind, list[float]] = field(default_factory=dict)  # (rung, tokens, tuning) -> seconds, of earlier calls
     seen: dict[Kind, list[float]] = field(default_factory=dict)  # kind -> seconds taken over expected, of this call
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything is known of this device."""
+        return bool(self.known or self.seen)
+
     def expected(self, cell: Cell) -> float:
         """Seconds by the recipe, which holds for a cell alone on an H200; at most, where several share it."""
         recipe = cell.recipe

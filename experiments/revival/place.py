@@ -1,6 +1,7 @@
 """Where the text of a scale is on this machine, and its fingerprint: without it no result can be told from another."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from normfree.config import DataConfig
 from normfree.data.packing import prepare
-from normfree.errors import EXIT_CONFIG, EXIT_DATA, UserError
+from normfree.errors import EXIT_DATA, UserError
 from revival.cells import PUBLISHED_T, Cell
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -50,20 +51,18 @@ def find(scale: str, corpus: Path | None, cells: Iterable[Cell] = ()) -> Place:
     `cells`: those that are wanted; scale full is prepared for each of their sequence lengths, which takes hours.
     """
     if scale == "smoke":
-        prepared = prepare(DataConfig(source="python_stdlib", tokenizer="bytes"), _say)
-        return Place((), prepared.fingerprint)
+        return Place((), _fingerprint(DataConfig(source="python_stdlib", tokenizer="bytes"), "The text of scale smoke"))
     if scale == "full":
         lengths = sorted({cell.keys["data.seq_len"] for cell in cells} or {PUBLISHED_T})
         found = {seq_len: _codeparrot(corpus, seq_len) for seq_len in lengths}
         path = (f"data.path={corpus.resolve()}",) if corpus else ()
         return Place(path, found.get(PUBLISHED_T), found)
-    if corpus is None:
-        raise UserError(
-            "--scale short needs --corpus DIR: the folder that python experiments/revival_corpus.py made.", EXIT_CONFIG
-        )
+    assert corpus is not None, scale
     fingerprint, tokenizer = corpus_facts()["fingerprint"], CORPUS / TOKENIZER
-    prepare(
-        DataConfig(source="files", path=str(corpus.resolve()), tokenizer=str(tokenizer), fingerprint=fingerprint), _say
+    made = "which python experiments/revival_corpus.py --out DIR makes"
+    _fingerprint(
+        DataConfig(source="files", path=str(corpus.resolve()), tokenizer=str(tokenizer), fingerprint=fingerprint),
+        f"The text of scale short ({made}), --corpus {corpus}",
     )
     words = (f"data.path={corpus.resolve()}", f"data.tokenizer={tokenizer}", f"data.fingerprint={fingerprint}")
     return Place(words, fingerprint)
@@ -74,7 +73,33 @@ def _codeparrot(corpus: Path | None, seq_len: int) -> str:
     config = DataConfig(source="codeparrot", tokenizer="trained", vocab_size=50000, seq_len=seq_len)
     config.chunks, config.max_documents = "original", 600000
     config.path = str(corpus.resolve()) if corpus else None
-    return prepare(config, _say).fingerprint
+    copy = "a copy of the set (train*.json.gz and valid*.json.gz)"
+    if corpus:
+        return _fingerprint(config, f"The text of scale full, --corpus {corpus}, {copy}")
+    return _fingerprint(config, "The text of scale full", f" --corpus DIR names a folder with {copy}.")
+
+
+# What prepare() says of settings, which nobody typed here: a pattern, and what is said instead.
+SETTINGS = (
+    (r"^data\.(path|seq_len=\d+): ", ""),
+    (r"^data\.cache_dir: (.*?)( Name another\.)?$", r"\1 XDG_CACHE_HOME names another place of prepared text."),
+    (r"^data=codeparrot is read", "it is read"),
+    (r"^data=codeparrot: ", ""),
+    (r" Either choose data=.*", ""),
+    (r" Give data\.source=.*", ""),
+    (r"^data\.fingerprint=(\w{12})\w*, but the corpus is (\w{12}).*", r"its fingerprint is \2, and the study's is \1."),
+)
+
+
+def _fingerprint(config: DataConfig, text: str, remedy: str = "") -> str:
+    """Prepare a text: its fingerprint. A `UserError` speaks of `text` and what was typed."""
+    try:
+        return prepare(config, _say).fingerprint
+    except UserError as error:
+        why = str(error)
+        for pattern, said in SETTINGS:
+            why = re.sub(pattern, said, why)
+        raise UserError(f"{text}: {why}{remedy}", error.exit_code) from None
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from normfree.errors import EXIT_DIRECTORY, UserError
 from normfree.records import strict, write_atomically
 
-RESULTS = Path(__file__).parents[1] / "results" / "relu_revival"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "relu_revival"
 Record = dict[str, Any]
 
 

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.records import write_atomically
-from revival import budget, figures, figures_scale, tables, words
-from revival.cells import PUBLISHED_T
+from revival import budget, figures, figures_scale, overview, tables, words
+from revival.cases import CASES
+from revival.cells import PUBLISHED_T, Cell
 from revival.differences import differences
 from revival.plan import plan
+from revival.records import RESULTS
 from revival.study import Results
 from revival.verdicts import QUESTIONS
 from revival.view import SCALES, View, views
@@ -30,11 +32,10 @@ NOTES = {
     "out, and it takes 100 of them in a row.",
     "F": "Depth-scaled initial values, a deviation too, are arms of rung B, at their own best rates.",
 }
-PREFIXED = {"A": ("",), "C": ("faithful:", "tuned:"), "G": ("t256:",)}  # rungs with four arms to draw
 INTRO = """# ReLU's Revival, reproduced
 
-This page is written by `python experiments/relu_revival.py --report` from the results in
-`experiments/results/relu_revival/`: every number and every verdict is computed, none is typed.
+This page is written by `python experiments/relu_revival.py --report{out}` from the results in
+`{folder}/`: every number and every verdict is computed, none is typed.
 
 **Question.** "ReLU's Revival" (arXiv:2410.09637) reports that without LayerNorm GPT-2 and Pythia reach a lower
 perplexity with ReLU than with GELU, while with LayerNorm it is the other way round, and that norm-free GELU leaves most
@@ -100,7 +101,7 @@ class Named(Results):
         named = [record | {"key": record["name"]} for record in records]
         super().__init__(named, view.fingerprint if view else None)
 
-    def key(self, cell) -> str:  # type: ignore[no-untyped-def]
+    def key(self, cell: Cell) -> str:
         return cell.name
 
 
@@ -108,7 +109,7 @@ def write(out: Path, docs: Path) -> Path:
     """Draw the figures and write the page; returns its path."""
     folder = docs / "figures" / "relu_revival"
     found = views(out)
-    lines = [INTRO, *_answers(found), METHOD]
+    lines = [_intro(out), *overview.rungs(), *_answers(found), METHOD]
     for view in found:
         lines += _scale(view, folder, docs)
     lines += [*_costs(found), *_not_run(found), COMMANDS]
@@ -116,6 +117,13 @@ def write(out: Path, docs: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines).rstrip() + "\n")
     return path
+
+
+def _intro(out: Path) -> str:
+    """What the page is made of, without a machine's paths where it is the study's own."""
+    if out.resolve() != RESULTS:
+        return INTRO.format(out=f" --out {out}", folder=out)
+    return INTRO.format(out="", folder=RESULTS.relative_to(Path(__file__).resolve().parents[2]).as_posix())
 
 
 def _studies(found: Sequence[View]) -> list[View]:
@@ -203,7 +211,7 @@ def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
     T = next(record["T"] for record in view.records if record["rung"] == rung)
     for name, path in figures.loss_against_rate(view, rung, folder).items():
         drawn.append((_caption(name), path))
-    for prefix in PREFIXED.get(rung, ()):
+    for prefix in (prefix for four, prefix, _ in CASES if four == rung):
         for name, path in figures.maps(view, rung, folder, prefix).items():
             drawn.append((_caption(name, T) + (f" ({prefix.rstrip(':')})" if prefix else ""), path))
     for draw in (figures.seeds, figures_scale.mechanism, figures.heads, figures.trajectories):
@@ -260,5 +268,6 @@ def _not_run(found: Sequence[View]) -> list[str]:
             parts = [text, f"{tuning} runs that choose rates" if tuning else ""]
             lines.append(f"- {scale}, rung {rung}: {' and '.join(part for part in parts if part)}")
         lines += [f"- {scale}, rung {w.rung}: about {w.cells} runs; {w.why}" for w in rest.waiting]
-        lines += [f"- {scale}: needs the setting `{key}`: {', '.join(names)}" for key, names in rest.impossible.items()]
+        for key, needy in rest.impossible.items():
+            lines.append(f"- {scale}: needs the setting `{key}`: {', '.join(cell.name for cell in needy)}")
     return [*lines, ""]

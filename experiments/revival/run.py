@@ -1,11 +1,8 @@
 """Runs the cells of experiments/relu_revival.py: one worker a GPU, a process a cell, within a budget of minutes."""
 
-import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -13,23 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+from revival import process
 from revival import records as store
 from revival.cells import Cell
 from revival.pace import Pace, device_name
 from revival.place import Place
-from revival.plan import Plan, plan
+from revival.plan import Plan, check_patterns, plan
 from revival.records import Record
 from revival.study import Results
 
-EXPERIMENTS = Path(__file__).parents[1]
-CHILD = (sys.executable, "-m", "revival.cell")
 TAIL = 25  # lines of a failed process that are shown
 GIVE_UP = 3  # times each worker's process fails while no cell is kept: it is not the cells
-GRACE = 20  # seconds that a stopped process has to end by itself
-# Compiled code is kept between the processes of this machine; set the variables to keep it elsewhere.
-CACHES = {"TORCHINDUCTOR_CACHE_DIR": "relu_revival-inductor", "TRITON_CACHE_DIR": "relu_revival-triton"}
+# A process is ended after so many times its predicted seconds, and so many seconds at least; the second pair holds
+# until a cell has been timed on this device, which may be slower than the one that times were expected of.
+HANGS, UNTRIED = (5, 600.0), (30, 3600.0)
+OVERTIME = 120.0  # seconds beyond the budget: then it is ended too
 
 
 @dataclass
@@ -67,7 +63,7 @@ class Session:
     in_a_row: int = 0  # processes that failed since a cell was kept
     pace: Pace = field(init=False)
     changed: threading.Condition = field(default_factory=threading.Condition)
-    processes: set[Any] = field(default_factory=set)
+    processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     stopping: bool = False
     error: BaseException | None = None  # of a worker: not of a cell, which fails by itself
 
@@ -166,31 +162,36 @@ class Session:
         names = ", ".join(cell.name for cell in cells)
         say(f"{names}: {sum(map(self.pace.predicted, cells)):.0f} s expected" + (f", GPU {gpu}" if gpu else ""))
         folder = Path(tempfile.mkdtemp(dir=options.runs, prefix="cell-"))
+        began, limit = time.monotonic(), self.limit(cells)
         tasks = {"out": str(options.out.resolve()), "scale": options.scale, "keep": options.keep}
         tasks |= {"runs": str(folder if not options.keep else options.runs), "commit": options.commit}
-        tasks |= {"began": time.monotonic(), "workers": options.workers}
-        tasks["cells"] = [task_of(cell, options.place) for cell in cells]
-        (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
-        began = time.monotonic()
+        tasks |= {"began": began, "workers": options.workers}
+        tasks["cells"] = [process.task_of(cell, options.place) for cell in cells]
         with (folder / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                [*CHILD, str(folder / "tasks.json")],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(gpu),
-                cwd=EXPERIMENTS.parent,
-            )
-            self.processes.add(process)
+            child = process.begin(tasks, folder, gpu, log)
+            self.processes.add(child)
             if self.stopping:  # since these cells were taken
-                process.terminate()
-            code = process.wait()
-            self.processes.discard(process)
+                child.terminate()
+            try:
+                code, how = child.wait(None if limit == float("inf") else limit), "failed"
+            except subprocess.TimeoutExpired:
+                process.end([child])
+                code, how = child.returncode, f"ended, as it may take {limit:.0f} s at most: failed"
+            self.processes.discard(child)
         seconds = time.monotonic() - began
-        if code and not self.stopping:
+        if code != 0 and not self.stopping:
             text = (folder / "log.txt").read_text(errors="replace").splitlines()[-TAIL:]
-            say("\n".join([f"{names}: failed with exit code {code} after {seconds:.0f} s", *text]))
+            say("\n".join([f"{names}: {how} with exit code {code} after {seconds:.0f} s", *text]))
         self.tell(cells, seconds)
         shutil.rmtree(folder)
+
+    def limit(self, cells: Sequence[Cell]) -> float:
+        """Seconds after which a process that trains these cells is taken to hang."""
+        times, least = HANGS if self.pace.is_measured else UNTRIED
+        own = max(least, times * sum(map(self.pace.predicted, cells)))
+        if not (self.pace.is_measured or self.options.gpus or self.options.scale == "smoke"):
+            own = float("inf")  # what is expected of a GPU says nothing of a CPU
+        return min(own, self.left() + OVERTIME)
 
     def tell(self, cells: Sequence[Cell], seconds: float) -> None:
         results = self.results()
@@ -205,14 +206,7 @@ class Session:
     def stop(self) -> None:
         """End what is under way; cells that were not done are trained again by the next call."""
         self.stopping = True
-        for process in list(self.processes):
-            process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
-        for process in list(self.processes):
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+        process.end(self.processes.copy())
         with self.changed:
             self.changed.notify_all()
 
@@ -221,55 +215,18 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def task_of(cell: Cell, place: Place) -> dict[str, Any]:
-    """What the process is told of a cell."""
-    recipe = cell.recipe
-    settings = cell.settings
-    return {
-        "key": cell.key(place.fingerprint, place.by_length),
-        "name": cell.name,
-        "rung": cell.rung,
-        "arm": cell.arm.name,
-        "lr": cell.lr,
-        "seed": cell.seed,
-        "tuning": cell.tuning,
-        "settings": settings,
-        "words": list(cell.words),
-        "place": list(place.words_of(cell)),
-        "tuning_tokens": recipe.tuning_tokens,
-        "report_tokens": recipe.report_tokens,
-        "head_sequences": recipe.head_sequences,
-    }
-
-
-def environment(gpu: str | None) -> dict[str, str]:
-    """Of a process: where it finds the study, its GPU (None: it sees none), and where compiled code is kept."""
-    found = dict(os.environ)
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EXPERIMENTS), found.get("PYTHONPATH")]))
-    found["CUDA_VISIBLE_DEVICES"] = gpu or ""
-    for name, folder in CACHES.items():
-        found.setdefault(name, str(Path(tempfile.gettempdir(), folder)))
-    return found
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """One CUDA_VISIBLE_DEVICES for each GPU that this process may use."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return tuple(part for part in named.split(",") if part)
-    import torch
-
-    return tuple(str(i) for i in range(torch.cuda.device_count()))
-
-
 def _terminated(signum: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # timeout(1) sends two
     raise SystemExit
 
 
 def run(options: Options) -> int:
-    """Train what can be trained; 0 where nothing failed. Ctrl-C and SIGTERM lose only the cells under way."""
+    """Train what can be trained; 0 where nothing failed. Ctrl-C and SIGTERM lose only the cells under way.
+
+    Raises `UserError` where a pattern names no cell.
+    """
     session = Session(options)
+    check_patterns(options.scale, session.results(), options.patterns)
     workers = [threading.Thread(target=session.work, args=(gpu,), daemon=True) for gpu in options.gpus or (None,)]
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -290,5 +247,15 @@ def run(options: Options) -> int:
     if session.hopeless:
         say(f"given up: the last {session.in_a_row} processes failed")
     minutes = (time.monotonic() - options.began) / 60
-    say(f"{session.done} cells in {minutes:.1f} minutes; {len(session.failed)} failed")
+    if not (session.done or session.failed):
+        say_why(plan(options.scale, session.results(), options.patterns))
+    say(f"{session.done} cells in {minutes:.1f} minutes; {len(session.failed)} failed; results: {options.out}")
     return 1 if session.failed else 0
+
+
+def say_why(found: Plan) -> None:
+    """Why no cell was begun."""
+    if found.cells:
+        say(f"no cell fits into the budget; the next is {found.cells[0].name}")
+    else:
+        say("\n".join([f"{len(found.done)} cells are done, none can be begun", *(f"later: {w}" for w in found.later)]))

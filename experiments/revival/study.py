@@ -5,10 +5,10 @@ Cells that are done are yielded again; `plan` leaves them out.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from revival.cells import SEEDS, TUNING_SEED, Arm, Cell, Recipe
+from revival.cells import SEEDS, TUNING_SEED, Arm, Cell, Recipe, is_named
 from revival.records import Record, is_lost
 from revival.tuning import best_rate, common_rate, rates_to_try
 
@@ -43,13 +43,35 @@ class Results:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Cells that will follow once something is known."""
+    """Cells of one recipe that will follow once something is known. Their rates, and so their names, are not."""
 
     rung: str
-    why: str
-    cells: int
-    tokens: int  # of each
-    seconds: float  # of all
+    arms: tuple[str, ...]
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    reason: str
+
+    @property
+    def cells(self) -> int:
+        return len(self.arms) * len(self.seeds)
+
+    @property
+    def seconds(self) -> float:
+        return self.cells * self.recipe.seconds
+
+    @property
+    def why(self) -> str:
+        return f"{', '.join(self.arms)}: {self.reason}"
+
+    def wanted(self, patterns: Sequence[str]) -> "Waiting":
+        """With those arms alone of which a pattern may name a cell, whatever its rate will be."""
+        return replace(self, arms=tuple(arm for arm in self.arms if not patterns or self._may_name(arm, patterns)))
+
+    def _may_name(self, arm: str, patterns: Sequence[str]) -> bool:
+        parts = [pattern.split("/") for pattern in patterns]
+        any_rate = ["/".join([*p[:2], *("*" for _ in p[2:3]), *p[3:]]) for p in parts]
+        names = [f"{self.rung}/{arm}/lr/s{seed}" for seed in (*self.seeds, TUNING_SEED)]
+        return any(is_named(name, pattern) for name in names for pattern in any_rate)
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,10 @@ def chosen(study: Study, results: Results) -> float | None:
 
 def tuned(studies: Sequence[Study], results: Results, common: bool = False) -> Steps:
     """Rates first, arm by arm in turns; then every seed at each arm's own best, then at the common rate."""
-    wanted = [[s.cell(lr, TUNING_SEED) for lr in rates_to_try(s.ladder, results.tuning(s))] for s in studies]
+    tried = [results.tuning(s) for s in studies]
+    yield from (s.cell(lr, TUNING_SEED) for s, losses in zip(studies, tried, strict=True) for lr in losses)
+    missing = [rates_to_try(s.ladder, losses) for s, losses in zip(studies, tried, strict=True)]
+    wanted = [[s.cell(lr, TUNING_SEED) for lr in rates] for s, rates in zip(studies, missing, strict=True)]
     yield from (cell for turn in zip_longest(*wanted) for cell in turn if cell is not None)
     best = {s.arm.name: chosen(s, results) for s in studies}
     for seed in results.seeds:
@@ -88,20 +113,15 @@ def tuned(studies: Sequence[Study], results: Results, common: bool = False) -> S
         yield later(unsettled, results, "at their own best rates, once chosen")
     if unsettled and common:
         yield later(studies, results, "at the common rate (less where it is an arm's own)")
-    elif common and (lr := common_rate([results.tuning(s) for s in studies])) is not None:
+    elif common and (lr := common_rate(tried)) is not None:
         for seed in results.seeds:
             yield from (s.cell(lr, seed) for s in studies)
 
 
-def later(studies: Sequence[Study], results: Results, why: str) -> Waiting:
-    """`studies`: of one recipe."""
-    n, why = len(results.seeds) * len(studies), f"{_names(studies)}: {why}"
+def later(studies: Sequence[Study], results: Results, reason: str) -> Waiting:
+    """`studies`: of one rung and recipe."""
     first = studies[0]
-    return Waiting(first.rung, why, n, first.recipe.tokens, n * first.recipe.seconds)
-
-
-def _names(studies: Sequence[Study]) -> str:
-    return ", ".join(s.arm.name for s in studies)
+    return Waiting(first.rung, tuple(s.arm.name for s in studies), first.recipe, results.seeds, reason)
 
 
 def fixed(studies: Sequence[tuple[Study, float | None]], results: Results) -> Steps:
