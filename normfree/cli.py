@@ -101,7 +101,7 @@ def to_config(cfg: DictConfig, choices: Any) -> Config:
 
 
 def check_overrides(words: list[str], multirun: bool) -> Config | None:
-    """The configuration that the words mean; of a sweep None: what is not swept is looked at, each job in its turn.
+    """The configuration that the words mean; None for a sweep, of which the values that all jobs share are looked at.
 
     Raises one `UserError` with everything that is wrong: words, presets, values and rules between them. Writes nothing.
     """

@@ -11,6 +11,8 @@ register_norm = NORMS.register
 register_activation = ACTIVATIONS.register
 register_statistic = STATISTICS.register
 
+loaded: dict[str, str] = {}  # path -> sha256, of this process
+
 
 def load_plugin(path: str | Path) -> dict[str, str]:
     """Run a Python file that registers choices; returns its path and sha256, for the run's record.
@@ -24,4 +26,5 @@ def load_plugin(path: str | Path) -> dict[str, str]:
     if spec is None or spec.loader is None:
         raise UserError(f"--plugin {path}: not a Python file.")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    loaded[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"path": str(path), "sha256": loaded[str(path)]}

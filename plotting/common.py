@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError
 from normfree.runs import Run, expand, norm_label
 from normfree.runs import labels as labels  # every script says common.labels
+from plotting.seeds import is_lost
 
 Row = dict[str, Any]
 Plot = Callable[[Sequence[Run], FigureBase, argparse.Namespace], list[Row]]
@@ -91,8 +92,7 @@ def command(p: argparse.ArgumentParser, script: str, plot: Plot, argv: Sequence[
     arguments = p.parse_args(argv)
     try:
         runs = expand(arguments.runs)
-        if len(runs) > len(arguments.runs):  # out of a folder or a glob
-            runs = begun(runs)
+        runs = begun(runs)
         out = arguments.out or default_out(runs, script)
         _check_format(out)
         with matplotlib.rc_context(STYLE):
@@ -111,8 +111,8 @@ def command(p: argparse.ArgumentParser, script: str, plot: Plot, argv: Sequence[
 
 
 def begun(runs: list[Run]) -> list[Run]:
-    """Those that recorded anything, the others named on stderr; all of them where none did."""
-    kept = [run for run in runs if run.array_names or len(run.metrics)]
+    """Those that recorded anything or were lost, the others named on stderr; all of them where there are none."""
+    kept = [run for run in runs if run.array_names or len(run.metrics) or is_lost(run)]
     for run in runs if kept else ():
         if run not in kept:
             print(f"{run.directory}: stopped before its first record, left out", file=sys.stderr)

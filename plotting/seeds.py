@@ -1,14 +1,13 @@
 """Runs that differ only in the seed: which they are, which of them were lost, and mean and interval over them."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from normfree.config import weights_hash, weights_settings
+from normfree.config import Config, flat_keys, weights_hash, weights_settings
 from normfree.errors import UserError
 from normfree.runs import Run
 
@@ -19,6 +18,7 @@ T_TABLE = (
     2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
     2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
 )  # fmt: skip
+DEFAULTS = {name: value for name, value, _ in flat_keys(Config())}
 NORMAL = 1.959964  # the same quantile of the normal distribution
 
 
@@ -88,12 +88,15 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, list[object]]:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """The runs' names without a seed at the end; to those that are equal the keys are added in which they differ."""
-    names = [run.name.removesuffix(f"-s{run.config.seed}") for run in runs]
-    for name, count in Counter(names).items():
-        same = [i for i, other in enumerate(names) if other == name and count > 1]
+    plain = [run.name.removesuffix(f"-s{run.config.seed}") for run in runs]
+    settings = [weights_settings(run.config) for run in runs]
+    names = list(plain)
+    for name in dict.fromkeys(plain):
+        same = [i for i, other in enumerate(plain) if other == name]
         for key, values in differing_keys([runs[i] for i in same]).items():
+            everywhere = all(key in settings[i] for i in same)  # else a default says nothing
             for i, value in zip(same, values, strict=True):
-                if key in weights_settings(runs[i].config):
+                if key in settings[i] and (everywhere or value != DEFAULTS[key]):
                     names[i] += f", {key.partition('.')[2] or key}={value}"
     return names
 

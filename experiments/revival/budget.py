@@ -57,5 +57,5 @@ def _total(ran: Sequence[Record]) -> str:
 
 
 def gpu_seconds(records: Sequence[Record]) -> float:
-    """Cells that share a GPU have a part of it each."""
+    """Cells that share a GPU have a part of it each; as many share it as were to, also while one is left alone."""
     return sum(float(r["seconds"]) / r["workers"] for r in records)

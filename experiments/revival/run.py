@@ -165,13 +165,13 @@ class Session:
         began, limit = time.monotonic(), self.limit(cells)
         tasks = {"out": str(options.out.resolve()), "scale": options.scale, "keep": options.keep}
         tasks |= {"runs": str(folder if not options.keep else options.runs), "commit": options.commit}
-        tasks |= {"began": began, "workers": options.workers}
+        tasks |= {"began": began, "workers": max(1, options.gpus.count(gpu or ""))}
         tasks["cells"] = [process.task_of(cell, options.place) for cell in cells]
         with (folder / "log.txt").open("w") as log:
             child = process.begin(tasks, folder, gpu, log)
             self.processes.add(child)
             if self.stopping:  # since these cells were taken
-                child.terminate()
+                process.end([child])
             try:
                 code, how = child.wait(None if limit == float("inf") else limit), "failed"
             except subprocess.TimeoutExpired:
@@ -183,7 +183,7 @@ class Session:
             text = (folder / "log.txt").read_text(errors="replace").splitlines()[-TAIL:]
             say("\n".join([f"{names}: {how} with exit code {code} after {seconds:.0f} s", *text]))
         self.tell(cells, seconds)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # a child that cannot be killed may still write
 
     def limit(self, cells: Sequence[Cell]) -> float:
         """Seconds after which a process that trains these cells is taken to hang."""

@@ -5,14 +5,15 @@ import shutil
 from functools import cache
 
 import torch
+import torch.utils._triton
 from torch import Tensor
 
 
 @cache
 def can_build() -> bool:
     """Whether Triton can build kernels for this machine's GPU: it takes a C compiler, and compute capability 8."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or not torch.cuda.is_available() or not torch.utils._triton.has_triton():
+    compilers = (os.environ["CC"],) if os.environ.get("CC") else ("cc", "gcc", "clang")
+    if not any(map(shutil.which, compilers)) or not torch.cuda.is_available() or not torch.utils._triton.has_triton():
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
 

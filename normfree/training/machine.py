@@ -1,13 +1,19 @@
 """The machine a run gets: device, precision, compilation and determinism."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch.compiler.config
 from torch import nn
 
+import normfree
+from normfree import plugins
 from normfree.config import Config
 from normfree.errors import UserError
 from normfree.kernels import can_build
@@ -52,12 +58,26 @@ def choose_fast(config: Config, device: torch.device) -> bool:
     return config.train.fast and on_gpu and choose_precision(config, device) == "bf16"
 
 
+def compiled_code() -> str:
+    """Hash of the source of all that may be part of a compiled step."""
+    found = hashlib.sha256()
+    for folder in ("diagnostics", "kernels", "model"):
+        for path in sorted(Path(normfree.__file__).parent.joinpath(folder).glob("*.py")):
+            found.update(path.read_bytes())
+    for sha256 in plugins.loaded.values():
+        found.update(sha256.encode())
+    return found.hexdigest()
+
+
 def compiled(model: nn.Module, enabled: bool) -> Callable[..., Any]:
     """The model as one graph; a graph break is an error. The raw module stays beside it and shares its weights."""
-    # What one process compiles the next one finds, graphs with autograd functions of ours too: the cache's key covers
-    # what they were traced to, so that a changed backward pass is another graph.
+    if not enabled:
+        return model
+    # What one process compiles the next one finds, graphs with autograd functions of ours too. The cache's key does not
+    # see into custom operators, whose gradients are part of what is kept: so it is given the code as well.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    return torch.compile(model, fullgraph=True, dynamic=False) if enabled else model
+    torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + compiled_code()
+    return torch.compile(model, fullgraph=True, dynamic=False)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # SIGUSR1 and SIGUSR2: what batch systems are told to send some time before they end a job.
@@ -33,9 +33,8 @@ class Signals:
         if self.received is not None:
             os._exit(128 + signum)  # nothing is lost: whatever is written is written beside and renamed, or appended
         self.received = signum
-        os.write(
-            2, b"\nstopping after this step, and saving; once more ends the process at once\n"
-        )  # safe in a handler
+        with suppress(OSError):  # a closed pipe or terminal must not cost the checkpoint
+            os.write(2, b"\nstopping after this step, and saving; once more ends the process at once\n")
 
     @contextmanager
     def caught(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from crashes import in_child, record
 from normfree.cli import run_config
 from normfree.runs import load_run
 from normfree.training.loop import Trainer
-from normfree.training.signals import ASKED
+from normfree.training.signals import ASKED, Signals
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["model=normfree", "data=files", "data.tokenizer=bytes", "model.n_layer=2", "model.n_head=2", "model.n_embd=16"]
@@ -52,6 +52,16 @@ def wait_for_rows(run_dir: Path, rows: int) -> None:
             return
         time.sleep(0.005)
     raise AssertionError("the run took no steps within a minute")
+
+
+def test_a_terminal_that_is_gone_costs_no_checkpoint(monkeypatch):
+    def gone(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", gone)
+    signals = Signals()
+    signals._handle(signal.SIGTERM, None)
+    assert signals.received == signal.SIGTERM
 
 
 def send(child: int, signum: int) -> int:

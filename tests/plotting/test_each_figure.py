@@ -246,7 +246,9 @@ def test_a_run_without_a_fault_says_nothing_of_the_one_that_was_planted(tmp_path
 
 def test_in_a_folder_runs_that_recorded_nothing_are_left_out_and_named(tmp_path: Path, capsys) -> None:
     make_run(tmp_path / "good", 1, 1, steps=(0,))
-    empty = make_run(tmp_path / "empty", 1, 1, seed=2, steps=())
+    empty = make_run(tmp_path / "empty", 1, 1, seed=2, steps=(), status="running")  # killed
     assert command("entropy_heatmap", tmp_path, "--out", tmp_path / "x.png") == 0
     assert "empty: stopped before its first record, left out" in capsys.readouterr().err
     assert command("entropy_heatmap", empty.directory, "--out", tmp_path / "y.png") == 64
+    make_run(tmp_path / "lost", 1, 1, seed=3, steps=(), status="failed")
+    assert command("entropy_heatmap", tmp_path, "--out", tmp_path / "y.png") == 64  # never left out

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from normfree import plugins
 from normfree.config import Config, resolve
+from normfree.kernels import attention
 from normfree.training import machine, session
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -46,3 +48,45 @@ def test_a_job_for_a_gpu_is_no_surprise_on_a_cpu():
     assert session._long_on_a_cpu(begun(device="cuda", **large), 124_000_000, 0) is None
     assert session._long_on_a_cpu(begun(device="cpu", **large), 124_000_000, 32259) is None  # all but done
     assert session._long_on_a_cpu(begun(device="cpu"), 1_000_000, 0) is None  # the default job
+
+
+class Packed(torch.nn.Module):
+    def forward(self, qkv):
+        return attention.packed_attention(qkv, 2, 0.5)[0].sum()
+
+
+def test_a_changed_gradient_of_an_operator_is_not_taken_from_the_compile_cache(monkeypatch, tmp_path):
+    """As after an update of the code: PyTorch's own key does not see it, which is the control."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    qkv = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradient(code):
+        monkeypatch.setattr(machine, "compiled_code", lambda: code)
+        torch.compiler.reset()
+        return torch.autograd.grad(machine.compiled(Packed(), True)(qkv), qkv)[0]
+
+    before = gradient("old")
+    operator, keep = attention._packed_attention, attention._save
+    try:
+        operator.register_autograd(lambda ctx, *g: (2 * attention._gradient(ctx, *g)[0], None, None, None),
+                                   setup_context=keep)  # fmt: skip
+        assert torch.equal(gradient("old"), before)
+        assert torch.equal(gradient("new"), 2 * before)
+    finally:
+        operator.register_autograd(attention._gradient, setup_context=keep)
+        torch.compiler.reset()
+
+
+def test_the_caches_key_changes_with_the_code_and_with_plug_ins(monkeypatch, tmp_path):
+    before = machine.compiled_code()
+    assert machine.compiled_code() == before
+    monkeypatch.setitem(plugins.loaded, "mine.py", "0" * 64)
+    assert machine.compiled_code() != before
+    for folder in ("diagnostics", "kernels", "model"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.py").write_text("")
+    monkeypatch.setattr(machine.normfree, "__file__", str(tmp_path / "__init__.py"))
+    empty = machine.compiled_code()
+    (tmp_path / "kernels" / "x.py").write_text("changed")
+    assert machine.compiled_code() != empty
