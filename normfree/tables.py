@@ -12,11 +12,11 @@ from normfree.errors import UserError, unknown
 
 
 class Table:
-    """Names to classes or functions; the built-in ones are imported when first asked for."""
+    """Names to classes or functions of `module`, or of another one that is named; imported when first asked for."""
 
     def __init__(self, kind: str, module: str, entries: dict[str, str]) -> None:
         self.kind = kind
-        self._entries: dict[str, Any] = {name: f"{module}:{attribute}" for name, attribute in entries.items()}
+        self._entries: dict[str, Any] = {name: e if ":" in e else f"{module}:{e}" for name, e in entries.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -114,11 +114,11 @@ STATISTICS = Table(
         "position_entropy": "PositionEntropy",
         "entropy_quantiles": "EntropyQuantiles",
         "effective_width": "EffectiveWidth",
-        "grad_norm": "GradientNorm",
-        "update_norm": "UpdateNorm",
-        "grad_nan_count": "GradientNaNCount",
-        "grad_inf_count": "GradientInfCount",
-        "param_nan_count": "ParameterNaNCount",
-        "param_inf_count": "ParameterInfCount",
+        "grad_norm": "normfree.diagnostics.parameters:GradientNorm",
+        "update_norm": "normfree.diagnostics.parameters:UpdateNorm",
+        "grad_nan_count": "normfree.diagnostics.parameters:GradientNaNCount",
+        "grad_inf_count": "normfree.diagnostics.parameters:GradientInfCount",
+        "param_nan_count": "normfree.diagnostics.parameters:ParameterNaNCount",
+        "param_inf_count": "normfree.diagnostics.parameters:ParameterInfCount",
     },
 )

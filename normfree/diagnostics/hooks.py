@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from normfree.diagnostics.census import Census, stack
-from normfree.diagnostics.statistics import Observation, ParameterStatistic, Statistic
+from normfree.diagnostics.parameters import ParameterStatistic
+from normfree.diagnostics.statistics import Observation, Statistic
 from normfree.model import Transformer
 from normfree.tables import STATISTICS
 

@@ -1,14 +1,100 @@
 """Statistics of gradients, weights and updates: measured around the optimizer's step, outside the compiled one."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.diagnostics.statistics import ParameterStatistic, Tensors
+from normfree.diagnostics.census import count_many
 from normfree.model import Transformer
 from normfree.tables import STATISTICS
+
+
+class Tensors:
+    """The gradients, weights or updates of all parameters; what several statistics ask for is computed once."""
+
+    def __init__(self, tensors: list[Tensor], norms: Tensor | None = None) -> None:
+        self.tensors = tensors
+        self._norms = norms
+        self._counts: Tensor | None = None
+
+    @property
+    def norms(self) -> Tensor:
+        """(tensors,)"""
+        if self._norms is None:
+            self._norms = torch.stack(torch._foreach_norm(self.tensors)).float()
+        return self._norms
+
+    @property
+    def counts(self) -> Tensor:
+        """NaN and Inf elements: (tensors, 2) int64."""
+        if self._counts is None:
+            self._counts = count_many(self.tensors, self.norms)
+        return self._counts
+
+
+class ParameterStatistic:
+    """One number for each parameter's gradient, weight or update, put together by layer. Outside the compiled step."""
+
+    of: Literal["gradient", "parameter", "update"] = "gradient"
+    by_layer: Literal["sum", "norm"] = "sum"  # how the numbers of a layer's parameters become one
+    outside = False  # whether a last number stands for what is in no block: embeddings, final norm, head, shared slope
+    dtype = torch.float32
+    unit = ""
+
+    def measure(self, seen: Tensors) -> Tensor:
+        """(tensors,); nothing may wait for the device."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it measures")
+
+
+class GradientNorm(ParameterStatistic):
+    """Norm of the gradient of each block, before clipping."""
+
+    by_layer = "norm"
+
+    def measure(self, seen: Tensors) -> Tensor:
+        return seen.norms
+
+
+class UpdateNorm(GradientNorm):
+    """Norm of what the optimizer added to the weights of each block.
+
+    0 where the step was masked; NaN where a weight is not finite.
+    """
+
+    of = "update"
+
+
+class GradientNaNCount(ParameterStatistic):
+    """NaN elements among the gradients."""
+
+    outside = True
+    dtype = torch.int64
+    unit = "elements"
+
+    def measure(self, seen: Tensors) -> Tensor:
+        return seen.counts[:, 0]
+
+
+class GradientInfCount(GradientNaNCount):
+    """Infinite elements among the gradients."""
+
+    def measure(self, seen: Tensors) -> Tensor:
+        return seen.counts[:, 1]
+
+
+class ParameterNaNCount(GradientNaNCount):
+    """NaN elements among the weights."""
+
+    of = "parameter"
+
+
+class ParameterInfCount(GradientInfCount):
+    """Infinite elements among the weights."""
+
+    of = "parameter"
 
 
 class ParameterRecorder:

@@ -6,7 +6,7 @@ from crashes import record
 
 from normfree.diagnostics import STATISTICS, Statistic
 from normfree.diagnostics.hooks import Recorder
-from normfree.diagnostics.statistics import ParameterStatistic
+from normfree.diagnostics.parameters import ParameterStatistic
 from normfree.training import machine
 
 SETTINGS = {"model.dropout.resid": 0.1, "train.micro_batch_size": 4, "diagnostics.every": 1}
