@@ -103,7 +103,7 @@ def test_every_cell_is_valid_and_unique() -> None:
 def test_the_words_of_a_cell_are_its_configuration() -> None:
     """A cell composes its recipe once and sets the rest itself: the same as what run.py makes of all its words."""
     named = report.Named(View("short", "f00d", tuple(made.rung_a())))
-    chosen = plan("short", named, ["C/faithful:ln+relu/*/s1", "E/global:0.25:nodecay/*/s1"])
+    chosen = plan("short", named, ["C/faithful_prefix:ln+relu/*/s1", "E/global:0.25:nodecay/*/s1"])
     for cell in {cell.arm.name: cell for cell in chosen.cells}.values():
         whole = cells.check_overrides(list(cell.words), multirun=False)
         assert whole is not None
@@ -115,7 +115,7 @@ def test_the_words_of_a_cell_are_its_configuration() -> None:
 
 def test_the_prefix_is_the_published_schedule() -> None:
     published = OptimConfig(lr=1e-3, warmup_steps=1613, schedule="linear", lr_final=1e-4)
-    found = plan("short", study.Results([], None), ["C/faithful:gelu/*/s1"]).cells
+    found = plan("short", study.Results([], None), ["C/faithful_prefix:gelu/*/s1"]).cells
     ours = cells.config_of(found[0]).optim
     steps = cells.PREFIX_STEPS
     for step in range(steps):

@@ -7,8 +7,13 @@ from revival.records import Record
 from revival.statistics import Difference, difference
 from revival.view import QUARTERS, View, unlike
 
-CASES = (("A", "", "Pythia-70M, T = 128"), ("C", "faithful:", "GPT-2 124M, T = 128"),
-         ("C", "tuned:", "GPT-2 124M, T = 128"), ("G", "t256:", "Pythia-70M, T = 256"))  # fmt: skip
+CASES = (
+    ("A", "", "Pythia-70M, T = 128"),
+    ("C", "faithful_prefix:", "GPT-2 124M, T = 128"),
+    ("C", "faithful:", "GPT-2 124M, T = 128"),  # at scale full
+    ("C", "tuned:", "GPT-2 124M, T = 128"),
+    ("G", "t256:", "Pythia-70M, T = 256"),
+)  # rung, prefix of its arms, the published model it is put beside
 ABOUT = {
     "A": "Pythia-70M's dimensions, T = 128",
     "C": "GPT-2 124M, T = 128",
@@ -17,7 +22,11 @@ ABOUT = {
 
 
 def about(rung: str, prefix: str) -> str:
-    more = {"faithful:": ", the published schedule's first tenth", "tuned:": ", rates tuned at rung A's length"}
+    more = {
+        "faithful_prefix:": ", the published schedule's first tenth",
+        "faithful:": ", the published schedule",
+        "tuned:": ", rates tuned at rung A's length",
+    }
     return ABOUT[rung] + more.get(prefix, "")
 
 

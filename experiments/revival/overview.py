@@ -26,7 +26,7 @@ ARMS = {
     "A": FOUR,
     "B": "GELU and ReLU with embeddings x 22.627 or x 50, without feed-forward biases, or with depth-scaled initial "
     "values; GELU with the input of the activation x 10 or x 60; LayerNorm + GELU with embeddings x 22.627",
-    "C": f"`faithful:`, at the published rate and schedule, and `tuned:`; each {FOUR}",
+    "C": f"`faithful_prefix:`, the first tenth of the published schedule at its rate, and `tuned:`; each {FOUR}",
     "D": "`stopped:` at the first bad step; `paper_nan:`, fp16, which nothing stops",
     "E": "one slope for all layers or one a layer, start 0.01, 0.1 or 0.25, no decay or decay of the original's total",
     "F": "GELU and ReLU with no final norm, embedding dropout .1, or fp16",
@@ -36,7 +36,8 @@ EXAMPLES = ("ln+relu", "gelu+embed22.627", "relu-ffbias", "per_layer:0.01:nodeca
 NAMES = (
     "How names are read: a cell is one training run, rung/arm/peak rate/seed: `A/gelu/lr1e-3/s1`. An arm is an "
     "activation, with `ln+` before it where the blocks have norms, and behind it what was changed; a recipe of its own "
-    "stands before a colon (`faithful:`, `tuned:`, `stopped:`, `paper_nan:`, `t256:`). So {examples}."
+    "stands before a colon (`faithful_prefix:`, at scale full `faithful:`; `tuned:`, `stopped:`, `paper_nan:`, "
+    "`t256:`). So {examples}."
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from normfree.records import write_atomically
 from revival import budget, figures, figures_scale, overview, tables, words
 from revival.cases import CASES
-from revival.cells import PUBLISHED_T, Cell
+from revival.cells import PUBLISHED_T, SHORT_PYTHIA, Cell
 from revival.differences import differences
 from revival.plan import plan
 from revival.records import RESULTS
@@ -26,8 +26,8 @@ TITLES = {
 NOTES = {
     "B": "Pythia has biases in its feed-forward layers, and the original's GPT-2 has none: the arms of rung A have "
     "them, and the change is to take them away.",
-    "C": "`faithful` is the published schedule stopped at a tenth (211 million tokens); `tuned` has the length of rung "
-    "A, so that the two sizes compare at one length.",
+    "C": "`faithful_prefix` is the published schedule stopped at a tenth; `tuned` has the length of rung A, so that "
+    "the two sizes compare at one length. At scale full `faithful` is the whole schedule.",
     "D": "A run that is stopped at its first bad step counts as lost after that one step; elsewhere bad steps are left "
     "out, and it takes 100 of them in a row.",
     "F": "Depth-scaled initial values, a deviation too, are arms of rung B, at their own best rates.",
@@ -35,7 +35,7 @@ NOTES = {
 INTRO = """# ReLU's Revival, reproduced
 
 This page is written by `python experiments/relu_revival.py --report{out}` from the results in
-`{folder}/`: every number and every verdict is computed, none is typed.
+`{folder}/`: every result and every verdict on it is computed from them.
 
 **Question.** "ReLU's Revival" (arXiv:2410.09637) reports that without LayerNorm GPT-2 and Pythia reach a lower
 perplexity with ReLU than with GELU, while with LayerNorm it is the other way round, and that norm-free GELU leaves most
@@ -69,11 +69,11 @@ METHOD = """## Method, fixed before the runs
 
 **What differs from the papers.** Far fewer tokens (beside each number), of the Python source of a fixed list of
 packages (`experiments/corpus`) in a vocabulary of 32,768; a warm-up of a quarter of the run and a rate chosen for each
-arm, where not said otherwise (`faithful` keeps the published schedule); bf16 instead of fp16; no dropout in Pythia; the
-final norm kept, as in the authors' code. Everything else is the recipe of their code (`conf/experiment/paper_*.yaml`):
-65,536 tokens a step, AdamW (.9, .999), decay .1, clip 1, linear decay. **A perplexity here is of another text in
-another vocabulary than CodeParrot's, and says nothing beside the published ones**; differences in nats and bits a byte
-are what can be looked at.
+arm, where not said otherwise (`faithful_prefix` keeps the published schedule); bf16 instead of fp16; no dropout in
+Pythia; the final norm kept, as in the authors' code. Everything else is the recipe of their code
+(`conf/experiment/paper_*.yaml`): 65,536 tokens a step, AdamW (.9, .999), decay .1, clip 1, linear decay. **A perplexity
+here is of another text in another vocabulary than CodeParrot's, and says nothing beside the published ones**;
+differences in nats and bits a byte are what can be looked at.
 """
 COMMANDS = """## Commands
 
@@ -87,9 +87,10 @@ python experiments/relu_revival.py --scale full                    # the publish
 python experiments/relu_revival.py --report                        # this page
 ```
 
-Alone on an H200, a cell of rung A is expected to train for 36 of its 81 seconds; start, compilation and evaluation have
-the rest. With `--gpus 0,0,0` three cells share the GPU, and one trains while another starts; memory is no limit there.
-The long cells of rung C gain little by it. A budget is best spent in one call: towards its end no cell begins any more.
+Alone on an H200, a cell of rung A is expected to train for {training:.0f} of its {all:.0f} seconds; start, compilation
+and evaluation have the rest. With `--gpus 0,0,0` three cells share the GPU, and one trains while another starts; memory
+is no limit there. The long cells of rung C gain little by it. A budget is best spent in one call: towards its end no
+cell begins any more.
 """
 
 
@@ -112,7 +113,9 @@ def write(out: Path, docs: Path) -> Path:
     lines = [_intro(out), *overview.rungs(), *_answers(found), METHOD]
     for view in found:
         lines += _scale(view, folder, docs)
-    lines += [*_costs(found), *_not_run(found), COMMANDS]
+    cell = SHORT_PYTHIA
+    commands = COMMANDS.format(training=cell.steps * cell.step_seconds, all=cell.seconds)
+    lines += [*_costs(found), *_not_run(found), commands]
     path = docs / "relu-revival.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines).rstrip() + "\n")

@@ -122,7 +122,7 @@ def short_c(results: Results) -> Steps:
     """GPT-2 124M: the published schedule up to a tenth of it, and rates tuned at the length of rung A."""
     prefix = gpt2(length(PREFIX_STEPS, PUBLISHED_WARMUP) | {"optim.lr_final": prefix_final(PREFIX_STEPS)}, PREFIX_STEPS)
     own = gpt2(length(SHORT_STEPS, SHORT_WARMUP), SHORT_STEPS)
-    faithful = [Study("C", arm, prefix, ()) for arm in prefixed("faithful")]
+    faithful = [Study("C", arm, prefix, ()) for arm in prefixed("faithful_prefix")]
     yield from fixed([(study, PUBLISHED_LR) for study in faithful], results)
     yield from tuned([Study("C", arm, own, around(PUBLISHED_LR)) for arm in prefixed("tuned")], results)
 

@@ -8,6 +8,7 @@ import numpy as np
 from revival import words
 from revival.heads_table import summary
 from revival.records import Record, is_lost, numbers
+from revival.trace import LEFT
 from revival.view import FOUR, View, mean_entropy, overload, values
 
 
@@ -111,7 +112,9 @@ def mechanism(view: View, rung: str) -> list[str]:
     if not rows:
         return []
     columns = ("arm", "lost", words.TEXT, "pre-activation std, layer by layer, first step", "last step")
-    return words.table([*columns, "heads that never leave .95 of the ceiling (%)", "median step of leaving"], rows)
+    return words.table(
+        [*columns, f"heads that never leave {LEFT:g} of the ceiling (%)", "median step of leaving"], rows
+    )
 
 
 def _scale_row(arm: str, everyone: Sequence[Record]) -> list[str]:

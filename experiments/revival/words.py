@@ -18,7 +18,8 @@ WORDS = {
     "ln+relu": "LayerNorm + ReLU",
     "identity": "no activation",
 }
-RECIPES = ("faithful", "tuned", "stopped", "paper_nan")  # arms of one rung that share an activation and norms
+# Of arms of one rung that share an activation and norms.
+RECIPES = ("faithful_prefix", "faithful", "tuned", "stopped", "paper_nan")
 
 
 def arm_words(arm: str) -> str:
