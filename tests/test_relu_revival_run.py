@@ -1,6 +1,7 @@
 """How experiments/relu_revival.py runs its cells: in which order, on which device, within a budget, and what fails."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -191,12 +192,12 @@ def test_a_process_that_hangs_is_ended(
     monkeypatch.setattr(process, "CHILD", (sys.executable, str(tmp_path / "child")))
     monkeypatch.setattr(process, "GRACE", 0.1)
     for name in ("HANGS", "UNTRIED"):
-        monkeypatch.setattr(running, name, (0, 1.0))
+        monkeypatch.setattr(running, name, (0, 3.0))  # a busy machine takes one to start Python
     assert running.run(running.Options("smoke", Place((), "f00d"), tmp_path / "out", tmp_path, False, (1,))) == 1
     assert [record["arm"] for record in store.read(tmp_path / "out", "smoke")] == ["ln+gelu", "ln+relu", "relu"]
     printed = capsys.readouterr().out
-    assert "A/gelu/lr5e-3/s1: ended, as it may take 1 s at most: failed with exit code -9" in printed
-    assert "3 cells in 0.0 minutes; 1 failed; results: " in printed
+    assert "A/gelu/lr5e-3/s1: ended, as it may take 3 s at most: failed with exit code -9" in printed
+    assert re.search(r"3 cells in 0\.\d minutes; 1 failed; results: ", printed)
 
 
 def test_how_long_a_process_may_take(tmp_path: Path) -> None:
