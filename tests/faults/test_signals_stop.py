@@ -94,7 +94,11 @@ def test_stopped_by_each_signal_and_started_again_it_ends_with_the_same_bytes(tr
 def test_without_a_handler_the_same_signal_loses_steps(train, tmp_path, monkeypatch, signum):
     """The control: the process dies of it, or of the KeyboardInterrupt, and no checkpoint has its step."""
     monkeypatch.setattr("normfree.training.signals.ASKED", ())
-    child = start(train, "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    try:
+        child = start(train, "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for_rows(tmp_path / "run", 10)
     assert send(child, signum) == (1 if signum == signal.SIGINT else -signum)
     assert load_run(tmp_path / "run").checkpoints == []
