@@ -52,8 +52,10 @@ def _position_losses(model: Transformer, idx: Tensor, targets: Tensor) -> Tensor
     rows = max(1, LOGIT_ELEMENTS // (idx.size(1) * model.head_weight.size(0)))
     losses = []
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = head_logits(h, model.head_weight, model.vocab_used).float()  # (b, T, V)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), t, ignore_index=IGNORED, reduction="none"))
+        logits = head_logits(h, model.head_weight, model.vocab_used).float().flatten(0, 1)  # (b, T, V) -> (b * T, V)
+        # Classes last: of logits (b, V, T) CUDA would have one thread go over all V, while most of the device is idle.
+        each = F.cross_entropy(logits, t.flatten(), ignore_index=IGNORED, reduction="none")
+        losses.append(each.view_as(t))
     return torch.cat(losses)
 
 
