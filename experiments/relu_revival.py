@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="DIR", help="where results are kept (default: see above)")
     p.add_argument("--known", type=Path, nargs="+", default=[], metavar="DIR", help="more results, which count as done")
     p.add_argument("--merge", type=Path, metavar="DIR", help="add the results in DIR to those in --out; trains nothing")
-    p.add_argument("--commit", metavar="SHA", help="of this code, for the results, where there is no git to ask")
+    p.add_argument("--commit", metavar="SHA", help="of this code, for the results, where git cannot tell")
     p.add_argument("--runs", type=Path, metavar="DIR", help="keep run directories here (default: they are removed)")
     p.add_argument("--dry-run", action="store_true", help="train nothing; list, check and count")
     p.add_argument("--report", action="store_true", help="write the page of --out; after --merge, where both are named")

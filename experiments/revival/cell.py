@@ -221,7 +221,7 @@ def main(argv: list[str]) -> int:
     began: float | None = tasks["began"]  # of this process: its first cell pays for the imports
     for task in tasks["cells"]:
         record = perform(task, Path(tasks["runs"]), tasks["keep"], began)
-        record["commit"] = record["commit"] or tasks["commit"]
+        record["commit"] = tasks["commit"] or record["commit"]
         record["workers"] = tasks["workers"]
         began = None
         store.append(store.path_of(Path(tasks["out"]), tasks["scale"], task["rung"]), record)
