@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import transformers
 from speed_peers import Peer, train_with_trainer
-from speed_report import LABELS, classes_table, flops_per_token, limits_table, models_table, summarize
+from speed_report import LABELS, classes_table, flops_per_token, kept, limits_table, models_table, summarize
 from speed_turns import (
     CASES,
     DEVICE,
@@ -177,7 +177,8 @@ def save(out: str | None, options: argparse.Namespace, rows: list[dict[str, Any]
     libraries = versions() | {"transformers": transformers.__version__}
     settings = {"rounds": options.rounds, "parts": options.parts}
     with open(out, "w") as file:
-        json.dump(about | {"versions": libraries} | provenance() | settings | {"cases": rows}, file, indent=1)
+        cases = [kept(row) for row in rows]
+        json.dump(about | {"versions": libraries} | provenance() | settings | {"cases": cases}, file, indent=1)
 
 
 def selected(case: str, only: list[str] | None) -> list[str]:

@@ -47,6 +47,7 @@ RATIOS: dict[tuple[str, str], dict[str, float]] = {
 LEAST_MFU = {("512x128", "none"): 0.66, ("64x1024", "none"): 0.66}
 MOST_GIB = {("512x128", "ln"): 20.0, ("512x128", "none"): 20.0}
 MOST_DATA = 0.01  # share of a step
+LONGEST, NAME = 40, 100  # kernels of a profile that a file keeps, and characters of their names
 
 
 def flops_per_token(model: ModelConfig, T: int) -> int:
@@ -66,6 +67,13 @@ def kernel_classes(kernels: dict[str, float]) -> dict[str, float]:
     for name, ms in kernels.items():
         times[kernel_class(name)] += ms
     return times
+
+
+def kept(row: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results has of a case: of each profile the classes, and its longest kernels by short names."""
+    profiles = row.get("kernels", {})
+    longest = {of: {name[:NAME]: ms for name, ms in list(found.items())[:LONGEST]} for of, found in profiles.items()}
+    return row | {"kernels": longest, "kernel_classes": {of: kernel_classes(found) for of, found in profiles.items()}}
 
 
 def summarize(row: dict[str, Any]) -> None:

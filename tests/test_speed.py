@@ -105,6 +105,15 @@ def test_classes_add_up_to_all_kernels(report: ModuleType) -> None:
     assert sum(times.values()) == sum(range(len(KERNELS)))
 
 
+def test_a_file_keeps_the_classes_of_all_kernels_and_the_longest_by_short_names(report: ModuleType) -> None:
+    kernels = {f"triton_red_{'x' * 200}_{i}": float(1000 - i) for i in range(2 * report.LONGEST)}
+    kernels = {f"{i:03}{name}": ms for i, (name, ms) in enumerate(kernels.items())}
+    row = report.kept({"case": "512x128", "kernels": {"none": kernels}})
+    assert list(row["kernels"]["none"].values()) == list(kernels.values())[: report.LONGEST]
+    assert {len(name) for name in row["kernels"]["none"]} == {report.NAME}
+    assert sum(row["kernel_classes"]["none"].values()) == sum(kernels.values())
+
+
 def test_ratio_is_taken_round_by_round(report: ModuleType) -> None:
     """A machine that slows down by half from round to round changes nothing."""
     slower = row(report, none=[100, 200, 400], peer_none=[120, 240, 480])
