@@ -174,7 +174,8 @@ def _provenance(view: View) -> str:
 
     torch = ", ".join(dict.fromkeys(record["versions"]["torch"] for record in view.records))
     hours = budget.gpu_seconds(view.records) / 3600
-    ran = f"{len(view.records)} cells, {hours:.1f} hours of {all_of('device')}; PyTorch {torch}"
+    n = len(view.records)
+    ran = f"{n} {'cell' if n == 1 else 'cells'}, {hours:.1f} hours of {all_of('device')}; PyTorch {torch}"
     return f"{ran}; {all_of('precision')}; tokenizer {all_of('tokenizer')}; commits {all_of('commit')}."
 
 
