@@ -31,10 +31,9 @@ def test_it_is_committed_without_outputs() -> None:
 
 
 @pytest.mark.usefixtures("this_kernel")
-@pytest.mark.parametrize("named", [True, False], ids=["NORMFREE_RUN", "newest"])
-def test_it_opens_a_run(named: bool, train_tiny: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_opens_the_newest_run(train_tiny: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = train_tiny("runs/tiny")
-    monkeypatch.setenv("NORMFREE_RUN", str(run.directory) if named else "")
+    monkeypatch.delenv("NORMFREE_RUN", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     here = {"metadata": {"path": str(run.directory.parent.parent)}}
     NotebookClient(notebook, timeout=60, kernel_name="python3", resources=here).execute()  # raises on a cell's error
@@ -44,3 +43,16 @@ def test_it_opens_a_run(named: bool, train_tiny: Callable[..., Run], monkeypatch
     assert len(images) == 3, text
     assert "finished at step 6" in text
     assert "\ndef " in text  # the generated sample
+
+
+def test_it_opens_the_run_that_is_named(
+    train_tiny: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named, _ = train_tiny("elsewhere/named"), train_tiny("runs/newest")
+    monkeypatch.setenv("NORMFREE_RUN", str(named.directory))
+    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    until = next(i for i, source in enumerate(code) if "load_run(os.environ" in source) + 1
+    names: dict[str, object] = {}
+    for source in code[:until]:
+        exec(source.replace("%matplotlib inline", ""), names)
+    assert str(named.directory) in capsys.readouterr().out

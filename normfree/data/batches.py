@@ -10,7 +10,7 @@ from normfree.config import IGNORED
 from normfree.errors import EXIT_DATA, UserError
 
 ROUNDS = 8
-AHEAD = 16384  # blocks that are permuted at once: a few hundred of them take as long, in NumPy's calls
+AHEAD = 8192  # blocks that are permuted at once: a few hundred of them take almost as long, in NumPy's calls
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
