@@ -1,6 +1,8 @@
 """The arithmetic behind the speed table: closed forms, and every limit can be missed."""
 
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -179,3 +181,16 @@ def test_the_rate_that_the_card_sustains_stands_beside(report: ModuleType) -> No
     (line,) = [line for line in lines(report, made) if "sustained" in line]
     share = made["models"]["none"]["mfu"] * 790 / 660
     assert f"790 TFLOP/s, of which MFU is a share; 660 sustained, of which ours are {share:.3f}" in line
+
+
+@pytest.mark.parametrize("case", ["512x128", "64x1024", "cpu"])
+def test_the_readme_quotes_the_results(report: ModuleType, case: str) -> None:
+    root = SCRIPT.parents[1]
+    kept = json.loads((root / "experiments" / "results" / "speed" / f"{case}.json").read_text())["cases"][0]
+    label = {"cpu": "two CPU cores"}.get(case, f"124M, {case.replace('x', ' x ')}")
+    (line,) = [text for text in (root / "README.md").read_text().splitlines() if text.startswith("|") and label in text]
+    quoted = re.findall(r"\d\.\d+", line)
+    pairs = [("ln", "peer-ln"), ("none", "peer-none"), ("none", "peer-ln"), ("none", "original")][: len(quoted)]
+    assert len(quoted) >= 2
+    for (ours, against), text in zip(pairs, quoted, strict=True):
+        assert f"{report.ratio(kept, ours, against):.{len(text) - 2}f}" == text, (ours, against)
