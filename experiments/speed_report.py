@@ -72,8 +72,15 @@ def kernel_classes(kernels: dict[str, float]) -> dict[str, float]:
 def kept(row: dict[str, Any]) -> dict[str, Any]:
     """What a file of results has of a case: of each profile the classes, and its longest kernels by short names."""
     profiles = row.get("kernels", {})
-    longest = {of: {name[:NAME]: ms for name, ms in list(found.items())[:LONGEST]} for of, found in profiles.items()}
-    return row | {"kernels": longest, "kernel_classes": {of: kernel_classes(found) for of, found in profiles.items()}}
+    classes = {of: kernel_classes(found) for of, found in profiles.items()}
+    return row | {"kernels": {of: _longest(found) for of, found in profiles.items()}, "kernel_classes": classes}
+
+
+def _longest(kernels: dict[str, float]) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for name, ms in kernels.items():  # kernels that differ in what is cut off are one
+        times[name[:NAME]] = times.get(name[:NAME], 0.0) + ms
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:LONGEST])
 
 
 def summarize(row: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def test_half_precision_learns(train_tiny, precision):
     assert run.metrics["train/loss"].dropna().iloc[-1] < run.metrics["train/loss"].iloc[0] - 1.5
 
 
-def test_loss_by_position_takes_no_longer_than_the_like_of_the_loss():
+def test_loss_by_position_takes_about_as_long_as_the_loss():
     """It took 500 times as long: where classes are not the last dimension, one thread has all of a position's."""
     model = Transformer(ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=128, vocab_size=32000)).cuda()
     init_weights(model, 0)
