@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfree.data.batches import IGNORED, Batches, evaluation_rows, permute
+from normfree.data.batches import AHEAD, IGNORED, Batches, evaluation_rows, permute
 from normfree.errors import UserError
 
 TOKENS = np.arange(37 * 5 + 1, dtype=np.uint16)  # 37 blocks of 5, and the last one's target
@@ -49,6 +49,17 @@ def test_rows_depend_on_nothing_but_seed_and_step() -> None:
     for step in reversed(range(20)):
         np.testing.assert_array_equal(other.rows(step), forwards[step])
     assert not np.array_equal(forwards[0], Batches(TOKENS, 5, 8, seed=2).rows(0))
+
+
+def test_steps_that_are_worked_out_together_are_those_of_each_alone() -> None:
+    """Forwards, backwards and over the edge of what is kept; a batch may also be larger than that."""
+    for batch_size in (300, AHEAD + 5):
+        batches = Batches(np.arange(10**5), 8, batch_size, seed=4)
+        edge = max(1, AHEAD // batch_size)
+        for step in (edge - 1, edge, 0, 3 * edge + 1, edge, edge - 1):
+            samples = step * batch_size + np.arange(batch_size)
+            alone = permute(samples % batches.n_blocks, batches.n_blocks, 4, samples // batches.n_blocks)
+            np.testing.assert_array_equal(batches.indices(step), alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 37, 100])
