@@ -55,17 +55,37 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-@torch.library.custom_op("normfree::weight_gradient", mutates_args=())
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x in float32: (M, N), (M, K) -> (N, K)"""
     if grad.is_cuda and grad.dtype != torch.float32:
         return torch.mm(grad.t(), x, out_dtype=torch.float32)
     return torch.mm(grad.float().t(), x.float())
 
 
-@weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.new_empty(grad.size(1), x.size(1), dtype=torch.float32)
+def _column_sums(grad: Tensor, wanted: bool) -> Tensor:
+    """The gradient of a bias: (M, N) -> (N,) float32, or (0,) where there is none"""
+    if not wanted:
+        return grad.new_empty(0, dtype=torch.float32)
+    if grad.is_cuda:
+        from normfree.kernels import linear_triton
+
+        return linear_triton.column_sums(grad)
+    return grad.sum(0, dtype=torch.float32)
+
+
+# Gradients of one layer come from one operator: the compiler makes a copy of what they are taken from for each operator
+# that reads it, and sums in float32 what is there in half precision, which is twice the bytes.
+@torch.library.custom_op("normfree::linear_gradients", mutates_args=())
+def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, the last two in float32: (M, N), (M, K), (N, K) -> (M, K), (N, K), (N,)"""
+    grad = grad.contiguous()
+    return torch.mm(grad, weight), _weight_gradient(grad, x), _column_sums(grad, biased)
+
+
+@_linear_gradients.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    bias = weight.new_empty(weight.size(0) if biased else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32), bias
 
 
 @torch.library.custom_op("normfree::linear_relu", mutates_args=())
@@ -81,24 +101,34 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.size(0), weight.size(0))
 
 
-@torch.library.custom_op("normfree::gradient_product", mutates_args=())
-def _gradient_product(grad: Tensor, weight: Tensor, slope: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
-    """(grad weight) * slope and its column sums; with `sign`, slope is relu's output and counts as 1 where positive.
+@torch.library.custom_op("normfree::projection_gradients", mutates_args=())
+def _projection_gradients(
+    grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None, biased: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward through proj and the activation: inner = (grad weight) * slope, the column sums of inner, and the
+    gradients of proj's weight and bias; all but inner in float32.
 
-    grad (M, K), weight (K, N), slope (M, N) -> (M, N), (N,) float32
+    grad (M, K), weight (K, N), hidden and slope (M, N) -> (M, N), (N,), (K, N), (K,). Without a slope the activation
+    is relu, and hidden says where its slope is 1.
     """
+    grad, of = grad.contiguous(), hidden if slope is None else slope
     if grad.is_cuda:
         from normfree.kernels import linear_triton
 
-        return linear_triton.gradient_product(grad.contiguous(), weight.contiguous(), slope, sign)
-    factor = (slope > 0).to(slope.dtype) if sign else slope
-    out = (grad @ weight).float() * factor.float()
-    return out.to(slope.dtype), out.sum(0)
+        inner, sums = linear_triton.gradient_product(grad, weight.contiguous(), of, slope is None)
+    else:
+        exact = (grad @ weight).float() * (hidden > 0 if slope is None else slope).float()
+        inner, sums = exact.to(hidden.dtype), exact.sum(0)
+    return inner, sums, _weight_gradient(grad, hidden), _column_sums(grad, biased)
 
 
-@_gradient_product.register_fake
-def _(grad: Tensor, weight: Tensor, slope: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
-    return slope.new_empty(slope.shape), slope.new_empty(slope.size(1), dtype=torch.float32)
+@_projection_gradients.register_fake
+def _(
+    grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None, biased: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = weight.new_empty(weight.size(1), dtype=torch.float32)
+    bias = weight.new_empty(weight.size(0) if biased else 0, dtype=torch.float32)
+    return hidden.new_empty(hidden.shape), sums, weight.new_empty(weight.shape, dtype=torch.float32), bias
 
 
 class _Linear(torch.autograd.Function):
@@ -112,9 +142,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (grad,) = grads
-        bias = grad.sum(0, dtype=torch.float32) if ctx.biased else None
-        return torch.mm(grad, weight), weight_gradient(grad, x), bias
+        grad_x, grad_weight, grad_bias = _linear_gradients(*grads, x, weight, ctx.biased)
+        return grad_x, grad_weight, grad_bias if ctx.biased else None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -123,8 +152,8 @@ class _FeedForward(torch.autograd.Function):
         ctx: Any, x: Tensor, w_1: Tensor, b_1: Tensor | None, w_2: Tensor, b_2: Tensor | None, act: str, beta: float
     ) -> Tensor:
         w_1, w_2 = w_1.to(x.dtype), w_2.to(x.dtype)
-        ctx.sign, ctx.biased = act == "relu", (b_1 is not None, b_2 is not None)  # relu(beta x) / beta is relu(x)
-        if ctx.sign:
+        ctx.biased = b_1 is not None, b_2 is not None
+        if act == "relu":  # relu(beta x) / beta is relu(x)
             hidden = _linear_relu(x, w_1, _half(b_1, x.dtype))
             ctx.save_for_backward(x, w_1, w_2, hidden)
         else:
@@ -136,11 +165,10 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w_1, w_2, hidden, *rest = ctx.saved_tensors
-        (grad,) = grads
-        inner, sums = _gradient_product(grad, w_2, hidden if ctx.sign else rest[0], ctx.sign)
-        b_1 = sums if ctx.biased[0] else None
-        b_2 = grad.sum(0, dtype=torch.float32) if ctx.biased[1] else None
-        return torch.mm(inner, w_1), weight_gradient(inner, x), b_1, weight_gradient(grad, hidden), b_2, None, None
+        (first, second), slope = ctx.biased, rest[0] if rest else None
+        inner, sums, grad_w_2, grad_b_2 = _projection_gradients(*grads, w_2, hidden, slope, second)
+        grad_x, grad_w_1, _ = _linear_gradients(inner, x, w_1, False)  # fc's bias has its gradient from the epilogue
+        return grad_x, grad_w_1, sums if first else None, grad_w_2, grad_b_2 if second else None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

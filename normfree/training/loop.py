@@ -64,7 +64,7 @@ class Trainer:
         self.model = Transformer(config.model)
         init_weights(self.model, config.seed)
         self.model.to(device)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, machine.choose_fast(config, device))
         self.parameters = trained(self.model)
         self.flag = faults.FiniteFlag(config.nan_policy, device)
         self.optimizer.found_inf = self.flag.mask  # type: ignore[attr-defined]

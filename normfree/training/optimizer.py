@@ -24,9 +24,33 @@ def decay_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     return [{"params": found, "weight_decay": decay} for decay, found in groups.items() if found]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class OneKernelAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)` on CUDA, float32, with one kernel a group: `kernels.adamw_triton`.
+
+    State, device flag and divisor are the same, so that a run may go on with the other one.
+    """
+
+    found_inf: Tensor  # 0-d: where it is 1, weights, moments and step count stay
+    grad_scale: Tensor  # 0-d: gradients are divided by it, as they are read
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        from normfree.kernels.adamw_triton import adamw_
+
+        divisor = getattr(self, "grad_scale", torch.ones_like(self.found_inf))
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *lists)
+            params, grads, firsts, seconds, _, steps = lists
+            torch._foreach_add_(steps, [1.0 - self.found_inf] * len(steps))
+            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            adamw_(params, grads, firsts, seconds, steps, mask=self.found_inf, divisor=divisor, **settings)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, fast: bool = False) -> torch.optim.AdamW:
     """Fused AdamW: it takes a device flag, `found_inf`, that masks weights, moments and step count alike."""
-    return torch.optim.AdamW(
+    chosen = OneKernelAdamW if fast else torch.optim.AdamW
+    return chosen(
         decay_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 
