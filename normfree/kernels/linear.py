@@ -45,6 +45,7 @@ BESIDE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "silu": _silu,
 }
 ACTS = ("relu", *BESIDE)  # what `feed_forward` takes
+TILE = 128  # rows of a program of the gradient's product
 
 
 def _half(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -62,30 +63,18 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return torch.mm(grad.float().t(), x.float())
 
 
-def _column_sums(grad: Tensor, wanted: bool) -> Tensor:
-    """The gradient of a bias: (M, N) -> (N,) float32, or (0,) where there is none"""
-    if not wanted:
-        return grad.new_empty(0, dtype=torch.float32)
-    if grad.is_cuda:
-        from normfree.kernels import linear_triton
-
-        return linear_triton.column_sums(grad)
-    return grad.sum(0, dtype=torch.float32)
-
-
-# Gradients of one layer come from one operator: the compiler makes a copy of what they are taken from for each operator
-# that reads it, and sums in float32 what is there in half precision, which is twice the bytes.
+# The gradients of a layer's input and weight come from one operator: the compiler makes a copy of what they are taken
+# from for each operator that reads it.
 @torch.library.custom_op("normfree::linear_gradients", mutates_args=())
-def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, the last two in float32: (M, N), (M, K), (N, K) -> (M, K), (N, K), (N,)"""
+def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight in float32: (M, N), (M, K), (N, K) -> (M, K), (N, K)"""
     grad = grad.contiguous()
-    return torch.mm(grad, weight), _weight_gradient(grad, x), _column_sums(grad, biased)
+    return torch.mm(grad, weight), _weight_gradient(grad, x)
 
 
 @_linear_gradients.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    bias = weight.new_empty(weight.size(0) if biased else 0, dtype=torch.float32)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32), bias
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("normfree::linear_relu", mutates_args=())
@@ -103,32 +92,30 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("normfree::projection_gradients", mutates_args=())
 def _projection_gradients(
-    grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None, biased: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward through proj and the activation: inner = (grad weight) * slope, the column sums of inner, and the
-    gradients of proj's weight and bias; all but inner in float32.
+    grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward through proj and the activation: inner = (grad weight) * slope; sums of its columns, each over `TILE`
+    rows; and the gradient of proj's weight. The last two are float32.
 
-    grad (M, K), weight (K, N), hidden and slope (M, N) -> (M, N), (N,), (K, N), (K,). Without a slope the activation
+    grad (M, K), weight (K, N), hidden and slope (M, N) -> (M, N), (M / TILE, N), (K, N). Without a slope the activation
     is relu, and hidden says where its slope is 1.
     """
     grad, of = grad.contiguous(), hidden if slope is None else slope
     if grad.is_cuda:
         from normfree.kernels import linear_triton
 
-        inner, sums = linear_triton.gradient_product(grad, weight.contiguous(), of, slope is None)
+        inner, sums = linear_triton.gradient_product(grad, weight.contiguous(), of, slope is None, TILE)
     else:
         exact = (grad @ weight).float() * (hidden > 0 if slope is None else slope).float()
-        inner, sums = exact.to(hidden.dtype), exact.sum(0)
-    return inner, sums, _weight_gradient(grad, hidden), _column_sums(grad, biased)
+        inner, sums = exact.to(hidden.dtype), torch.stack([rows.sum(0) for rows in exact.split(TILE)])
+    return inner, sums, _weight_gradient(grad, hidden)
 
 
 @_projection_gradients.register_fake
-def _(
-    grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None, biased: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = weight.new_empty(weight.size(1), dtype=torch.float32)
-    bias = weight.new_empty(weight.size(0) if biased else 0, dtype=torch.float32)
-    return hidden.new_empty(hidden.shape), sums, weight.new_empty(weight.shape, dtype=torch.float32), bias
+def _(grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    M, N = hidden.shape
+    sums = weight.new_empty(-(-M // TILE), N, dtype=torch.float32)
+    return hidden.new_empty(M, N), sums, weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 class _Linear(torch.autograd.Function):
@@ -142,8 +129,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = _linear_gradients(*grads, x, weight, ctx.biased)
-        return grad_x, grad_weight, grad_bias if ctx.biased else None
+        (grad,) = grads
+        bias = grad.sum(0, dtype=torch.float32) if ctx.biased else None
+        return *_linear_gradients(grad, x, weight), bias
 
 
 class _FeedForward(torch.autograd.Function):
@@ -165,10 +153,12 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w_1, w_2, hidden, *rest = ctx.saved_tensors
-        (first, second), slope = ctx.biased, rest[0] if rest else None
-        inner, sums, grad_w_2, grad_b_2 = _projection_gradients(*grads, w_2, hidden, slope, second)
-        grad_x, grad_w_1, _ = _linear_gradients(inner, x, w_1, False)  # fc's bias has its gradient from the epilogue
-        return grad_x, grad_w_1, sums if first else None, grad_w_2, grad_b_2 if second else None, None, None
+        (grad,) = grads
+        inner, sums, grad_w_2 = _projection_gradients(grad, w_2, hidden, rest[0] if rest else None)
+        grad_x, grad_w_1 = _linear_gradients(inner, x, w_1)
+        b_1 = sums.sum(0) if ctx.biased[0] else None
+        b_2 = grad.sum(0, dtype=torch.float32) if ctx.biased[1] else None
+        return grad_x, grad_w_1, b_1, grad_w_2, b_2, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

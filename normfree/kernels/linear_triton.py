@@ -1,7 +1,4 @@
-"""Gradients of linear layers on CUDA; imported for CUDA tensors only, by `linear` beside it.
-
-A matrix product whose epilogue takes the activation's gradient, and sums over rows.
-"""
+"""A matrix product whose epilogue takes the activation's gradient; imported for CUDA tensors only."""
 
 import torch
 import triton
@@ -38,40 +35,15 @@ def _gradient_product(
     tl.store(SUMS + m * N + column, tl.sum(grad, 0), mask=column < N)
 
 
-@triton.jit
-def _column_sums(X, OUT, M, N, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """OUT (M / ROWS, N) has the sums of ROWS rows of X (M, N)."""
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    start = tl.program_id(1) * ROWS
-    acc = tl.zeros([BM, BN], tl.float32)
-    for i in range(0, ROWS, BM):
-        row = start + i + tl.arange(0, BM)
-        inside = (row < M)[:, None] & (column < N)[None, :]
-        place = row.to(tl.int64)[:, None] * N + column[None, :]
-        acc += tl.load(X + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + tl.program_id(1).to(tl.int64) * N + column, tl.sum(acc, 0), mask=column < N)
+# Columns, depth, warps, stages: two programs share a processor, so that one multiplies while the other writes.
+TILE = (128, 32, 4, 4)
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """(M, N) -> (N,) float32, in an order that does not change from run to run"""
-    ROWS, BM, BN = (512, 32, 256) if len(x) > 2048 else (2048, 128, 32)  # a second time over what the first one left
-    assert x.is_contiguous()
-    M, N = x.shape
-    sums = torch.empty(triton.cdiv(M, ROWS), N, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device):
-        _column_sums[(triton.cdiv(N, BN), len(sums))](x, sums, M, N, ROWS, BM, BN, num_warps=4)
-    return sums[0] if len(sums) == 1 else column_sums(sums)
-
-
-# Rows, columns, depth, warps, stages: two programs share a processor, so that one multiplies while the other writes.
-TILE = (128, 128, 32, 4, 4)
-
-
-def gradient_product(a: Tensor, b: Tensor, slope: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
-    """The gradient before the activation (M, N), and its column sums (N,) float32."""
+def gradient_product(a: Tensor, b: Tensor, slope: Tensor, sign: bool, BM: int) -> tuple[Tensor, Tensor]:
+    """The gradient before the activation (M, N), and sums of its columns over BM rows each (M / BM, N) float32."""
     M, K = a.shape
     N = b.size(1)
-    BM, BN, BK, warps, stages = TILE
+    BN, BK, warps, stages = TILE
     out = torch.empty_like(slope)
     sums = torch.empty(triton.cdiv(M, BM), N, dtype=torch.float32, device=a.device)
     with torch.cuda.device(a.device):
@@ -84,4 +56,4 @@ def gradient_product(a: Tensor, b: Tensor, slope: Tensor, sign: bool) -> tuple[T
             num_warps=warps,
             num_stages=stages,
         )
-    return out, column_sums(sums)
+    return out, sums

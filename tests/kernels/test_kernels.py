@@ -60,14 +60,12 @@ def test_linear_is_linear(biased):
     torch.testing.assert_close(gradients(found, *leaves), gradients(wanted, *leaves), **CLOSE)
 
 
-def test_gradients_of_weights_and_biases_are_not_rounded_to_half():
+def test_gradients_of_weights_are_not_rounded_to_half():
     grad, x = drawn(64, 8).bfloat16(), drawn(64, 8, seed=1).bfloat16()
     exact = grad.double().t() @ x.double()
-    _, found, sums = linear._linear_gradients(grad, x, drawn(8, 8, seed=2).bfloat16(), True)
+    _, found = linear._linear_gradients(grad, x, drawn(8, 8, seed=2).bfloat16())
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1e-5 < (found.bfloat16() - exact).abs().max()
-    exact = grad.double().sum(0)
-    assert (sums - exact).abs().max() < 1e-5 < (sums.bfloat16() - exact).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
