@@ -343,8 +343,9 @@ class Trainer:
                 continue
             began = time.perf_counter()
             self.train_step(step, due)
-            self.settle(record)
-            if due.record in compiled:
+            first = due.record not in compiled  # its loss is shown at once, and not after the other one has compiled
+            self.settle(record, everything=first)
+            if not first:
                 record.clock(tokens, time.perf_counter() - began)
             compiled.add(due.record)
             progress.update()

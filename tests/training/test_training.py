@@ -14,6 +14,8 @@ from normfree.config import weights_hash
 from normfree.data.tokenizer import load_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, UserError
 from normfree.training import checkpoint as ckpt
+from normfree.training import faults
+from normfree.training.loop import Trainer
 from normfree.training.session import alone
 
 
@@ -25,6 +27,26 @@ def test_learns(train_tiny):
     assert train.iloc[0] == pytest.approx(math.log(257), abs=0.1), "an untrained model knows nothing"
     assert losses.iloc[-1] < train.iloc[0] - 2
     assert run.metrics["val/perplexity"].dropna().iloc[-1] == pytest.approx(math.exp(losses.iloc[-1]))
+
+
+def test_a_first_loss_is_written_before_the_next_step_is_compiled(train_tiny, monkeypatch):
+    """The host is two steps behind a GPU; but compiling takes long, and whoever waits wants to see something."""
+    written = []
+    box, step = faults.Mailbox.__init__, Trainer.train_step
+
+    def behind(self, device):
+        box(self, device)
+        self.lag = faults.LAG
+
+    def counted(self, *args):
+        path = self.run_dir / "metrics.jsonl"
+        written.append(path.read_text().count("train/loss") if path.exists() else 0)
+        return step(self, *args)
+
+    monkeypatch.setattr(faults.Mailbox, "__init__", behind)
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    train_tiny(**{"train.eval_every": 0, "train.checkpoint_every": 0})
+    assert written == [0, 1, 2, 2, 2, 3], "with a record, without one, and then two steps behind"
 
 
 def test_accumulation_changes_the_sum_not_the_gradient(train_tiny):
