@@ -44,6 +44,7 @@ class Plan(NamedTuple):
 
 
 INSIDE_ATTENTION = ("q", "k", "attn_probs")
+INSIDE_MLP = ("mlp_pre", "mlp_hidden")
 LEVELS = ("off", "residual", "all", "record")  # what runs inside a forward pass; each contains the one before
 
 
@@ -87,7 +88,6 @@ class Recorder:
         beside: Sequence[str] = (),
     ) -> None:
         self._level = "off"
-        self._open = False  # whether what lies inside the feed-forward layers is looked at
         self._blocks: Any = list(model.blocks)
         self.n_layer = model.config.n_layer
         self.device = model.wte.weight.device
@@ -117,12 +117,10 @@ class Recorder:
         assert level in LEVELS, level
         self._level = level
         self._plan = self._plans[level]
-        look = any(site in self._plan.measured for site in INSIDE_ATTENTION)
-        self._open = level == "record" or any(site in self._plan.measured for site in ("mlp_pre", "mlp_hidden"))
         for block in self._blocks:
-            block.mlp.open = self._open
-            block.attn.inner_attention.look = look
-            block.attn.inner_attention.seen = None  # of a forward pass that broke off
+            for part, sites in ((block.attn.inner_attention, INSIDE_ATTENTION), (block.mlp, INSIDE_MLP)):
+                part.look = any(site in self._plan.measured for site in sites)
+                part.seen = None  # of a forward pass that broke off
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -186,14 +184,15 @@ class Recorder:
                 self._measure(seen)
                 self._measure(Observation("v", held.pop("v"), gate=seen))
 
-        def on_mlp_proj(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._open:
-                held["mlp"] = seen = Observation("mlp", output)
-                self._measure(Observation("mlp_hidden", args[0], gate=seen))
-
-        def on_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._level != "off":
-                self._measure(held.pop("mlp") if self._open else Observation("mlp", output))
+        def on_mlp(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._level == "off":
+                return
+            seen = Observation("mlp", output)
+            if module.look:
+                (before, after), module.seen = module.seen, None
+                self._measure(Observation("mlp_pre", before))
+                self._measure(Observation("mlp_hidden", after, gate=seen))
+            self._measure(seen)
 
         def on_attention(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._level != "off":
@@ -216,8 +215,6 @@ class Recorder:
             block.register_forward_hook(on_output("block")),
             attn.proj.register_forward_hook(on_attn_proj),  # type: ignore[union-attr]
             attn.inner_attention.register_forward_hook(on_attention, with_kwargs=True),  # type: ignore[union-attr]
-            mlp.fc.register_forward_hook(on_output("mlp_pre")),  # type: ignore[union-attr]
-            mlp.proj.register_forward_hook(on_mlp_proj),  # type: ignore[union-attr]
             mlp.register_forward_hook(on_mlp),
         ]
 

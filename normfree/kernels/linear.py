@@ -134,31 +134,48 @@ class _Linear(torch.autograd.Function):
         return *_linear_gradients(grad, x, weight), bias
 
 
+def _activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, beta: float, look: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """h = x weight^T + bias, where it is at hand or to be looked at; act(beta h) / beta; its slope, but of relu."""
+    if act == "relu":  # relu(beta h) / beta is relu(h)
+        if not look:
+            return None, _linear_relu(x, weight, bias), None
+        before = _product(x, weight, bias)
+        return before, before.relu(), None
+    before = _product(x, weight, bias)
+    value, slope = BESIDE[act](beta * before.float())
+    return before, (value / beta).to(x.dtype), slope.to(x.dtype)
+
+
 class _FeedForward(torch.autograd.Function):
+    """The output; with `look` also what lies before and after the activation, through which no gradient comes."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_1: Tensor, b_1: Tensor | None, w_2: Tensor, b_2: Tensor | None, act: str, beta: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w_1: Tensor, b_1: Tensor | None, w_2: Tensor, b_2: Tensor | None, *how: Any
+    ) -> tuple[Tensor, ...]:
+        act, beta, look = how
         w_1, w_2 = w_1.to(x.dtype), w_2.to(x.dtype)
         ctx.biased = b_1 is not None, b_2 is not None
-        if act == "relu":  # relu(beta x) / beta is relu(x)
-            hidden = _linear_relu(x, w_1, _half(b_1, x.dtype))
-            ctx.save_for_backward(x, w_1, w_2, hidden)
-        else:
-            value, derivative = BESIDE[act](beta * _product(x, w_1, _half(b_1, x.dtype)).float())
-            hidden, slope = (value / beta).to(x.dtype), derivative.to(x.dtype)
-            ctx.save_for_backward(x, w_1, w_2, hidden, slope)
-        return _product(hidden, w_2, _half(b_2, x.dtype))
+        before, hidden, slope = _activated(x, w_1, _half(b_1, x.dtype), act, beta, look)
+        ctx.save_for_backward(x, w_1, w_2, hidden, *([] if slope is None else [slope]))
+        y = _product(hidden, w_2, _half(b_2, x.dtype))
+        if not look:
+            return (y,)
+        assert before is not None
+        ctx.mark_non_differentiable(before, hidden)
+        return y, before, hidden
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w_1, w_2, hidden, *rest = ctx.saved_tensors
-        (grad,) = grads
+        grad = grads[0]
         inner, sums, grad_w_2 = _projection_gradients(grad, w_2, hidden, rest[0] if rest else None)
         grad_x, grad_w_1 = _linear_gradients(inner, x, w_1)
         b_1 = sums.sum(0) if ctx.biased[0] else None
         b_2 = grad.sum(0, dtype=torch.float32) if ctx.biased[1] else None
-        return grad_x, grad_w_1, b_1, grad_w_2, b_2, None, None
+        return grad_x, grad_w_1, b_1, grad_w_2, b_2, None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,10 +184,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def feed_forward(
-    x: Tensor, w_1: Tensor, b_1: Tensor | None, w_2: Tensor, b_2: Tensor | None, act: str, beta: float = 1.0
-) -> Tensor:
-    """act(beta h) / beta w_2^T + b_2 with h = x w_1^T + b_1, in the precision of x.
+    x: Tensor,
+    w_1: Tensor,
+    b_1: Tensor | None,
+    w_2: Tensor,
+    b_2: Tensor | None,
+    act: str,
+    beta: float = 1.0,
+    look: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """act(beta h) / beta w_2^T + b_2 with h = x w_1^T + b_1, in the precision of x; with `look` beside it h and what
+    the activation makes of it, which have no gradient.
 
-    x (..., C), float32 (N, C), (N,), (C, N) and (C,) -> (..., C); `act` is one of `ACTS`.
+    x (..., C), float32 (N, C), (N,), (C, N) and (C,) -> (..., C) and twice (..., N); `act` is one of `ACTS`.
     """
-    return _FeedForward.apply(x.flatten(0, -2), w_1, b_1, w_2, b_2, act, beta).unflatten(0, x.shape[:-1])
+    found = _FeedForward.apply(x.flatten(0, -2), w_1, b_1, w_2, b_2, act, beta, look)
+    y, *seen = (each.unflatten(0, x.shape[:-1]) for each in found)
+    return y, (seen[0], seen[1]) if look else None

@@ -11,14 +11,16 @@ from normfree.model.linear import Linear
 class MLP(nn.Module):
     """proj(act(fc(x))): (B, T, C) -> (B, T, C). `act` may be shared with other blocks.
 
-    On the fast path an activation that can do so runs inside the matrix products or beside them, unless `open`: then
-    fc, act and proj are called, and what lies between them can be seen.
+    On the fast path an activation that can do so runs inside the matrix products or beside them, and fc, act and proj
+    are not called.
     """
 
     def __init__(self, config: ModelConfig, act: nn.Module) -> None:
         super().__init__()
         assert config.n_inner is not None
-        self.fast, self.open = False, False
+        self.fast = False
+        self.look = False  # whether diagnostics want what lies before and after the activation,
+        self.seen: tuple[Tensor, Tensor] | None = None  # and that, (B, T, n_inner) each, until they take it
         self.fc = Linear(config.n_embd, config.n_inner, bias=config.bias.mlp_fc)
         self.act = act
         self.proj = Linear(config.n_inner, config.n_embd, bias=config.bias.mlp_proj)
@@ -28,8 +30,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = autocast_dtype(x)
-        if self.fast and not self.open and self.act_inside is not None and half is not None:
+        if self.fast and self.act_inside is not None and half is not None:
             fc, proj = self.fc, self.proj
             weights = fc.weight, fc.bias, proj.weight, proj.bias
-            return kernel.feed_forward(x.to(half), *weights, self.act_inside, self.act_beta)
-        return self.proj(self.act(self.fc(x)))
+            y, seen = kernel.feed_forward(x.to(half), *weights, self.act_inside, self.act_beta, self.look)
+        else:
+            before = self.fc(x)
+            after = self.act(before)
+            y, seen = self.proj(after), (before, after)
+        if self.look:
+            self.seen = seen
+        return y

@@ -202,9 +202,7 @@ def plant(model, layer, site, values, draw):
 
     if site in ("q", "k", "v"):
         return block.attn.inner_attention.register_forward_pre_hook(attention_input).remove
-    if site == "mlp_hidden":
-        return block.mlp.proj.register_forward_pre_hook(lambda module, args: (planted(args[0]),)).remove
-    module = {"attn": block.attn.proj, "mlp": block.mlp.proj, "block": block}[site]
+    module = {"attn": block.attn.proj, "mlp": block.mlp.proj, "mlp_hidden": block.mlp.act, "block": block}[site]
     return module.register_forward_hook(lambda module, args, output: planted(output), prepend=True).remove
 
 

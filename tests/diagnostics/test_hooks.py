@@ -161,7 +161,7 @@ def test_the_inside_of_the_feed_forward_layer_can_be_watched_at_every_step(site)
     init_weights(model, 0)
     recorder = Recorder(model, {"inside": Inside}, 8)
     recorder.start(1, "all")
-    assert model.blocks[0].mlp.open
+    assert model.blocks[0].mlp.look
     model(torch.zeros(1, 8, dtype=torch.int64))
     assert (recorder.unpack(recorder.stop())["inside"] > 0).all()
 

@@ -44,10 +44,17 @@ def test_feed_forward_is_two_layers_and_an_activation(biased, act, beta):
     b_1, b_2 = (drawn(24).requires_grad_(), drawn(16).requires_grad_()) if biased else (None, None)
     leaves = [t for t in (x, w_1, b_1, w_2, b_2) if t is not None]
     module = build_activation(ModelConfig(act=act, act_beta=beta))
-    wanted = F.linear(module(F.linear(x, w_1, b_1)), w_2, b_2)
-    found = linear.feed_forward(x, w_1, b_1, w_2, b_2, act, beta)
-    torch.testing.assert_close(found, wanted, **CLOSE)
-    torch.testing.assert_close(gradients(found, *leaves), gradients(wanted, *leaves), rtol=1e-3, atol=1e-4)
+    before = F.linear(x, w_1, b_1)
+    after = module(before)
+    wanted = F.linear(after, w_2, b_2)
+    grads = gradients(wanted, *leaves)
+    for look in (False, True):
+        found, seen = linear.feed_forward(x, w_1, b_1, w_2, b_2, act, beta, look)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        torch.testing.assert_close(gradients(found, *leaves), grads, rtol=1e-3, atol=1e-4)
+        assert (seen is not None) == look
+    torch.testing.assert_close(seen, (before.detach(), after.detach()), **CLOSE)
+    assert not any(each.requires_grad for each in seen)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -113,6 +120,29 @@ def test_a_models_fast_paths_change_rounding_alone(norm, act):
     assert (g_fast - g).norm() < 1.5 * (g_plain - g).norm()
     assert step(False)[1].equal(g_plain)  # and switched off again, nothing is left of them
     assert not g_fast.equal(g_plain)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_a_record_takes_the_fast_path_and_changes_no_gradient(act):
+    model = Transformer(
+        ModelConfig(norm="none", act=act, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128)
+    )
+    init_weights(model, 0)
+    recorder = Recorder(model, [name for name in STATISTICS if is_forward(name)], 16)
+    called = []
+    model.blocks[0].mlp.fc.register_forward_hook(lambda *args: called.append(args))
+    found = []
+    for level in ("off", "record"):
+        model.zero_grad()
+        recorder.start(1, level)
+        with torch.autocast("cpu", dtype=torch.bfloat16), model.fast_paths(True):
+            loss = model(torch.arange(64).view(4, 16), torch.arange(64).view(4, 16)).sum
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert all(block.mlp.seen is None for block in model.blocks)
+    assert (recorder.unpack(recorder.stop())["mlp_pre_std"] > 0).all()
+    assert found[1].equal(found[0])
+    assert not called
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
