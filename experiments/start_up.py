@@ -49,6 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "PYTHONPYCACHEPREFIX": "python"}
         environment = os.environ | {name: f"{folder}/{cache}" for name, cache in caches.items()}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         words = [f"data.cache_dir={folder}/data", *overrides]
         seconds = {name: first_step(Path(folder, name), words, environment) for name in ("cold", "warm")}
     for name, value in seconds.items():
