@@ -18,6 +18,8 @@ from normfree.config import Config
 from normfree.errors import UserError
 from normfree.kernels import can_build
 
+KEY_TAG = "TORCH_COMPILE_CACHE_KEY_TAG"  # part of the keys of PyTorch's compile caches
+USERS_TAG = os.environ.get(KEY_TAG, "")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,7 +78,10 @@ def compiled(model: nn.Module, enabled: bool) -> Callable[..., Any]:
     # What one process compiles the next one finds, graphs with autograd functions of ours too. The cache's key does not
     # see into custom operators, whose gradients are part of what is kept: so it is given the code as well.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + compiled_code()
+    torch.compiler.config.cache_key_tag = USERS_TAG + compiled_code()
+    # The processes that compile kernels have it from the environment: each notes which configuration of a kernel is the
+    # fastest, and under another key no later start would find that.
+    os.environ[KEY_TAG] = torch.compiler.config.cache_key_tag
     return torch.compile(model, fullgraph=True, dynamic=False)
 
 
@@ -90,6 +95,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def process_flags(deterministic: bool) -> Iterator[None]:
     """Process-wide switches of one run, put back afterwards: several runs of a sweep share a process."""
     before = torch.are_deterministic_algorithms_enabled()
+    tag = os.environ.get(KEY_TAG)
     memory: Any = torch.utils.deterministic  # a module whose switch is a property: its types do not show it
     fill = memory.fill_uninitialized_memory
     torch.compiler.reset()
@@ -102,3 +108,7 @@ def process_flags(deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         memory.fill_uninitialized_memory = fill
+        if tag is None:
+            os.environ.pop(KEY_TAG, None)
+        else:
+            os.environ[KEY_TAG] = tag

@@ -1,5 +1,6 @@
 """What a run takes of the machine, and what it says of it before it begins."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,20 @@ def test_a_changed_gradient_of_an_operator_is_not_taken_from_the_compile_cache(m
     finally:
         operator.register_autograd(attention._gradient, setup_context=keep)
         torch.compiler.reset()
+
+
+def test_processes_that_compile_have_the_same_key_and_nothing_else_has(monkeypatch):
+    monkeypatch.setattr(machine, "USERS_TAG", "mine")
+    for own in (None, "mine"):
+        monkeypatch.delenv(machine.KEY_TAG, raising=False)
+        if own is not None:
+            monkeypatch.setenv(machine.KEY_TAG, own)
+        with machine.process_flags(False):
+            for _ in range(2):
+                machine.compiled(torch.nn.Identity(), True)
+                found = os.environ[machine.KEY_TAG]
+                assert found == torch.compiler.config.cache_key_tag == "mine" + machine.compiled_code()
+        assert os.environ.get(machine.KEY_TAG) == own
 
 
 def test_the_caches_key_changes_with_the_code_and_with_plug_ins(monkeypatch, tmp_path):
