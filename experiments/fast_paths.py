@@ -24,7 +24,8 @@ from normfree.training.loop import Trainer
 from normfree.training.provenance import provenance, versions
 from normfree.training.record import Due
 
-PATHS = {"loss": (CrossEntropy,), "attention": (InnerAttention,), "products": (Linear, QKVLinear, MLP)}
+# Each path, and the modules that take it.
+PATHS = {"loss": (CrossEntropy,), "attention": (InnerAttention,), "products": (Linear, QKVLinear, MLP), "optimizer": ()}
 WINDOW = 50
 LR = {"none": 4e-4, "layernorm": 1e-3}  # without norms 1e-3 is lost within fifty steps, on either path
 
@@ -36,13 +37,14 @@ def curve(norm: str, act: str, seed: int, paths: tuple[str, ...], steps: int) ->
     config.model.n_layer, config.model.n_head, config.model.n_embd, config.model.block_size = 6, 8, 512, 128
     config.train.batch_size, config.data.seq_len, config.train.max_steps = 64, 128, steps
     config.train.precision, config.train.compile, config.optim.lr = "bf16", False, LR[norm]
+    config.train.fast = "optimizer" in paths
     config = resolve(config)
     corpus = prepare(config.data, report=lambda line: None)
     resolve_vocabulary(config, corpus.tokenizer.n_vocab)
     trainer = Trainer(config, corpus, Path("unused"), torch.device("cuda"))
     chosen = tuple(kind for path in paths for kind in PATHS[path])
     parts = [part for part in (*trainer.model.modules(), trainer.model.loss) if isinstance(part, chosen)]
-    assert parts or not paths
+    assert bool(parts) == bool(chosen)
 
     @contextmanager
     def only_these(on: bool):

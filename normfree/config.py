@@ -149,7 +149,7 @@ class TrainConfig:
     eval_tokens: int = key(32768, "validation tokens of an evaluation, always the same ones", weights=False)
     checkpoint_every: int = key(100, "steps between checkpoints; 0: only at the end", weights=False)
     keep_checkpoints: int = key(2, "newest checkpoints to keep, besides the best", weights=False)
-    fast: bool = key(True, "bf16 on CUDA: fused loss, attention and activation; false: PyTorch's own", weights=False)
+    fast: bool = key(True, "bf16 on CUDA: fused loss, attention, activation, AdamW; false: PyTorch's", weights=False)
     compile: bool | str = key("auto", "auto: where CUDA, Triton and a C compiler are; true; false", weights=False)
     deterministic: bool | None = key(None, "bit-exact repetition; null: on the CPU", weights=False)
     device: str = key("auto", "auto, cpu or cuda", weights=False)

@@ -78,6 +78,7 @@ class Recorder:
     Buffers: (n_layer, *shape), or (sites, n_layer, *shape) for a statistic of several sites. `statistics` may also map
     names to classes that are in no table. `seq_len` is that of the batches; default: the model's block_size.
     `beside` are measured with them and reported nowhere: the graph of a compiled step depends on what is measured.
+    One recorder a model at a time: it says what the layers hand out.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class Recorder:
                 return
             seen = Observation("mlp", output)
             if module.look:
+                assert module.seen is not None, "two recorders look into one model"
                 (before, after), module.seen = module.seen, None
                 self._measure(Observation("mlp_pre", before))
                 self._measure(Observation("mlp_hidden", after, gate=seen))

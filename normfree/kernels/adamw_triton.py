@@ -25,12 +25,12 @@ def _at(address, start, lanes):
 
 
 @triton.jit
-def _update(weight, gradient, first, second, inside, divisor, decay, rate, new1, beta2, new2, correction2, eps):
+def _update(weight, gradient, first, second, inside, divisor, decay, rate, beta1, new1, beta2, new2, correction2, eps):
     g = tl.load(gradient, mask=inside) / divisor
     p = tl.load(weight, mask=inside) * decay
     m = tl.load(first, mask=inside)
     v = tl.load(second, mask=inside)
-    m += (g - m) * new1
+    m = m * beta1 + g * new1
     v = v * beta2 + g * g * new2
     p -= rate * m / (tl.sqrt(v / correction2) + eps)
     tl.store(weight, p, mask=inside)
@@ -40,7 +40,7 @@ def _update(weight, gradient, first, second, inside, divisor, decay, rate, new1,
 
 @triton.jit
 def _adamw(
-    TABLE, TENSORS, BLOCKS, MASK, DIVISOR, lr, new1, beta2, new2, log_beta1, log_beta2, eps, weight_decay,
+    TABLE, TENSORS, BLOCKS, MASK, DIVISOR, lr, beta1, new1, beta2, new2, log_beta1, log_beta2, eps, weight_decay,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one tensor. A row of TABLE has the addresses of weight, gradient, both moments and step, and the
@@ -59,10 +59,27 @@ def _adamw(
         left = tl.load(row + 5) - start
         divisor, decay = tl.load(DIVISOR), 1.0 - lr * weight_decay
         if left >= BLOCK:
-            _update(weight, gradient, first, second, None, divisor, decay, rate, new1, beta2, new2, correction2, eps)
+            _update(
+                weight, gradient, first, second, None, divisor, decay, rate, beta1, new1, beta2, new2, correction2, eps
+            )
         else:
             inside = lanes < left
-            _update(weight, gradient, first, second, inside, divisor, decay, rate, new1, beta2, new2, correction2, eps)
+            _update(
+                weight,
+                gradient,
+                first,
+                second,
+                inside,
+                divisor,
+                decay,
+                rate,
+                beta1,
+                new1,
+                beta2,
+                new2,
+                correction2,
+                eps,
+            )
 
 
 @cache
@@ -101,13 +118,14 @@ def adamw_(
     """
     grads = [_ready(g) for g in grads]
     columns = [params, grads, firsts, seconds]
-    assert all(x.dtype == torch.float32 and x.is_contiguous() for column in columns for x in column)
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for column in [*columns, steps] for x in column)
     assert all(x.data_ptr() % ALIGNED == 0 for column in columns for x in column)
     sizes = tuple(p.numel() for p in params)
     rows = [[x.data_ptr() for x in row] for row in zip(*columns, steps, strict=True)]
     rows = [[*row, n] for row, n in zip(rows, sizes, strict=True)]
     device, (beta1, beta2) = params[0].device, betas
-    scalars = lr, 1.0 - beta1, beta2, 1.0 - beta2, math.log(beta1), math.log(beta2), eps, weight_decay
+    logs = (math.log(beta) if beta else -math.inf for beta in betas)
+    scalars = lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, *logs, eps, weight_decay
     table = torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
     tensors, blocks = _blocks(sizes, device)
     with torch.cuda.device(device):

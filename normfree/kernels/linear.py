@@ -158,6 +158,7 @@ class _FeedForward(torch.autograd.Function):
         act, beta, look = how
         w_1, w_2 = w_1.to(x.dtype), w_2.to(x.dtype)
         ctx.biased = b_1 is not None, b_2 is not None
+        ctx.set_materialize_grads(False)  # of what is looked at there is none
         before, hidden, slope = _activated(x, w_1, _half(b_1, x.dtype), act, beta, look)
         ctx.save_for_backward(x, w_1, w_2, hidden, *([] if slope is None else [slope]))
         y = _product(hidden, w_2, _half(b_2, x.dtype))

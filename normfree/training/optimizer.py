@@ -37,6 +37,7 @@ class OneKernelAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         from normfree.kernels.adamw_triton import adamw_
 
+        assert closure is None
         divisor = getattr(self, "grad_scale", torch.ones_like(self.found_inf))
         for group in self.param_groups:
             lists: list[list[Tensor]] = [[] for _ in range(6)]

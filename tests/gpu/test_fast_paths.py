@@ -1,12 +1,15 @@
 """The CUDA kernels of the fast paths against their contracts on the CPU: python -m pytest -m gpu tests/gpu"""
 
+import numpy as np
 import pytest
 import torch
 
 from normfree.config import IGNORED, ModelConfig
 from normfree.diagnostics.census import Census
+from normfree.diagnostics.hooks import Recorder, is_forward
 from normfree.kernels import attention, linear, loss
 from normfree.model import Transformer, init_weights
+from normfree.tables import STATISTICS
 
 pytestmark = pytest.mark.gpu
 
@@ -153,19 +156,28 @@ def test_gradients_of_a_model_are_as_near_to_the_exact_ones_as_the_plain_paths(n
     config = ModelConfig(norm=norm, act=act, positions=positions, rotary_pct=0.25, **shape)
     idx = torch.randint(0, 4096, (16, 128), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
 
-    def step(fast, half=True):
+    def step(fast, half=True, level="off"):
         torch.compiler.reset()
         model = Transformer(config).cuda()
         init_weights(model, 0)
+        recorder = Recorder(model, [name for name in STATISTICS if is_forward(name)])
+        recorder.start(1, level)
         forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half), model.fast_paths(fast):
             mean = forward(idx, idx).sum / idx.numel()
         mean.backward()
+        if level != "off":
+            found = recorder.unpack(recorder.stop().cpu())
+            assert np.isfinite(found["attn_entropy"]).all()
+            assert (found["mlp_pre_std"] > 0).all()
         return mean.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     (exact, g), (plain, g_plain), (fast, g_fast) = step(False, False), step(False), step(True)
+    recorded, g_recorded = step(True, level="record")
     away, as_far = ((x - g).norm() / g.norm() for x in (g_fast, g_plain))
     print(f"{norm} {act}: loss {exact:.5f}, plain {plain - exact:.1e}, fast {fast - exact:.1e}")
     print(f"{norm} {act}: gradients from the exact ones: plain {as_far:.2e}, fast {away:.2e}")
     assert abs(fast - exact) < 2 * abs(plain - exact) + 1e-3
     assert away < 1.1 * as_far
+    assert abs(recorded - exact) < 2 * abs(plain - exact) + 1e-3
+    assert (g_recorded - g).norm() / g.norm() < 1.1 * as_far
