@@ -123,25 +123,33 @@ def test_a_models_fast_paths_change_rounding_alone(norm, act):
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-def test_a_record_takes_the_fast_path_and_changes_no_gradient(act):
+def test_a_record_takes_the_fast_path_changes_no_gradient_and_keeps_nothing_for_it(act):
     model = Transformer(
         ModelConfig(norm="none", act=act, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128)
     )
     init_weights(model, 0)
     recorder = Recorder(model, [name for name in STATISTICS if is_forward(name)], 16)
-    called = []
+    called, kept = [], []
     model.blocks[0].mlp.fc.register_forward_hook(lambda *args: called.append(args))
+
+    def keep(tensor):
+        kept[-1] += tensor.nbytes
+        return tensor
+
     found = []
     for level in ("off", "record"):
         model.zero_grad()
         recorder.start(1, level)
-        with torch.autocast("cpu", dtype=torch.bfloat16), model.fast_paths(True):
+        kept.append(0)
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", dtype=torch.bfloat16), model.fast_paths(True), saving:
             loss = model(torch.arange(64).view(4, 16), torch.arange(64).view(4, 16)).sum
         loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert all(block.mlp.seen is None for block in model.blocks)
     assert (recorder.unpack(recorder.stop())["mlp_pre_std"] > 0).all()
     assert found[1].equal(found[0])
+    assert kept[1] == kept[0] > 0
     assert not called
 
 
