@@ -82,6 +82,15 @@ def _adamw(
             )
 
 
+@triton.jit
+def _count(TABLE, N, MASK, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """One more step of each of the N tensors, where MASK is 0."""
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tensor < N
+    step = tl.load(TABLE + tensor * COLUMNS + 4, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(step, tl.load(step, mask=inside, other=0.0) + (1.0 - tl.load(MASK)), mask=inside)
+
+
 @cache
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Each program's tensor, and its block within it: int32."""
@@ -113,8 +122,8 @@ def adamw_(
 ) -> None:
     """Update parameters and moments in place, as `torch._fused_adamw_` does; all float32 on one device.
 
-    `steps`, each 0-d, count this update already. Gradients are divided by `divisor`, 0-d, and stay as they are. Where
-    `mask`, 0-d, is not 0, nothing is changed.
+    `steps`, each 0-d, are the updates before this one, and count it then. Gradients are divided by `divisor`, 0-d, and
+    stay as they are. Where `mask`, 0-d, is not 0, nothing is changed.
     """
     grads = [_ready(g) for g in grads]
     columns = [params, grads, firsts, seconds]
@@ -129,6 +138,7 @@ def adamw_(
     table = torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
     tensors, blocks = _blocks(sizes, device)
     with torch.cuda.device(device):
+        _count[(triton.cdiv(len(rows), 128),)](table, len(rows), mask, COLUMNS=COLUMNS, BLOCK=128)
         _adamw[(len(tensors),)](
             *(table, tensors, blocks, mask, divisor, *scalars),
             COLUMNS=COLUMNS,

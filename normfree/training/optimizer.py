@@ -43,7 +43,6 @@ class OneKernelAdamW(torch.optim.AdamW):
             lists: list[list[Tensor]] = [[] for _ in range(6)]
             self._init_group(group, *lists)
             params, grads, firsts, seconds, _, steps = lists
-            torch._foreach_add_(steps, [1.0 - self.found_inf] * len(steps))
             settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             adamw_(params, grads, firsts, seconds, steps, mask=self.found_inf, divisor=divisor, **settings)
 
