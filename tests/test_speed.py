@@ -69,6 +69,8 @@ KERNELS = {
     "_softmax_gradient": "loss",
     "_gradient_product": "matrix products",
     "_summarize_rows": "entropy and counts",
+    "_adamw": "optimizer",
+    "_adamw_steps": "optimizer",
     "_count": "entropy and counts",
     "triton_per_fused_linalg_vector_norm_4": "entropy and counts",
     "triton_red_fused__to_copy__log_softmax_nll_loss_forward_isfinite_1": "loss",

@@ -1,7 +1,8 @@
-"""AdamW for many tensors in one CUDA kernel; imported for CUDA tensors only, by `normfree.training.optimizer`.
+"""AdamW for many tensors at once on CUDA; imported for CUDA tensors only, by `normfree.training.optimizer`.
 
 PyTorch's fused AdamW takes what fits into a launch's arguments, a few dozen tensors at a time, and writes gradients
-back as it divides them. Here the addresses are a table on the device: one launch, which writes what it has to.
+back as it divides them. Here the addresses are a table on the device: one launch, and a small one before it that
+counts steps, which write what they have to.
 """
 
 import math
@@ -83,7 +84,7 @@ def _adamw(
 
 
 @triton.jit
-def _count(TABLE, N, MASK, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _adamw_steps(TABLE, N, MASK, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """One more step of each of the N tensors, where MASK is 0."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < N
@@ -138,7 +139,7 @@ def adamw_(
     table = torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
     tensors, blocks = _blocks(sizes, device)
     with torch.cuda.device(device):
-        _count[(triton.cdiv(len(rows), 128),)](table, len(rows), mask, COLUMNS=COLUMNS, BLOCK=128)
+        _adamw_steps[(triton.cdiv(len(rows), 128),)](table, len(rows), mask, COLUMNS=COLUMNS, BLOCK=128)
         _adamw[(len(tensors),)](
             *(table, tensors, blocks, mask, divisor, *scalars),
             COLUMNS=COLUMNS,

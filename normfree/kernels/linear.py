@@ -45,7 +45,7 @@ BESIDE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "silu": _silu,
 }
 ACTS = ("relu", *BESIDE)  # what `feed_forward` takes
-TILE = 128  # rows of a program of the gradient's product
+SUMMED = 128  # rows whose columns a program of the gradient's product adds up
 
 
 def _half(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -94,27 +94,27 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _projection_gradients(
     grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward through proj and the activation: inner = (grad weight) * slope; sums of its columns, each over `TILE`
+    """Backward through proj and the activation: inner = (grad weight) * slope; sums of its columns, each over `SUMMED`
     rows; and the gradient of proj's weight. The last two are float32.
 
-    grad (M, K), weight (K, N), hidden and slope (M, N) -> (M, N), (M / TILE, N), (K, N). Without a slope the activation
-    is relu, and hidden says where its slope is 1.
+    grad (M, K), weight (K, N), hidden and slope (M, N) -> (M, N), (M / SUMMED, N), (K, N). Without a slope the
+    activation is relu, and hidden says where its slope is 1.
     """
     grad, of = grad.contiguous(), hidden if slope is None else slope
     if grad.is_cuda:
         from normfree.kernels import linear_triton
 
-        inner, sums = linear_triton.gradient_product(grad, weight.contiguous(), of, slope is None, TILE)
+        inner, sums = linear_triton.gradient_product(grad, weight.contiguous(), of, slope is None, SUMMED)
     else:
         exact = (grad @ weight).float() * (hidden > 0 if slope is None else slope).float()
-        inner, sums = exact.to(hidden.dtype), torch.stack([rows.sum(0) for rows in exact.split(TILE)])
+        inner, sums = exact.to(hidden.dtype), torch.stack([rows.sum(0) for rows in exact.split(SUMMED)])
     return inner, sums, _weight_gradient(grad, hidden)
 
 
 @_projection_gradients.register_fake
 def _(grad: Tensor, weight: Tensor, hidden: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     M, N = hidden.shape
-    sums = weight.new_empty(-(-M // TILE), N, dtype=torch.float32)
+    sums = weight.new_empty(-(-M // SUMMED), N, dtype=torch.float32)
     return hidden.new_empty(M, N), sums, weight.new_empty(weight.shape, dtype=torch.float32)
 
 
