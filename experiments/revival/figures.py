@@ -206,7 +206,8 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
             ax.plot(list(kept), list(kept.values()), label=words.arm_words(arm), **style)
             gone = [lr * 1.03**i for lr in found if lr not in kept]  # side by side
             ax.plot(gone, [top] * len(gone), "x", color=colour, ms=6, mew=1.6)
-        ax.plot([], [], "x", color=common.GREY, ms=6, mew=1.6, label="lost at this rate")
+        if not all(math.isfinite(loss) for found in tried.values() for loss in found.values()):
+            ax.plot([], [], "x", color=common.GREY, ms=6, mew=1.6, label="lost at this rate")
         if not finite:
             ax.set_yticks([])  # there are crosses alone, at no loss
         ax.set_xscale("log")
