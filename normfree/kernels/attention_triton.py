@@ -74,16 +74,16 @@ def _row_peak(x):
 def _write_rows(ROWS, n, place, inside, m, z, w, sink, q, k):
     """A block's rows of `normfree.diagnostics.census`: entropy, lse, largest score, sink mass, peaks of q and k.
 
-    m is the largest score in bits, z and w are the sums of 2^t and t 2^t.
+    m is the largest score in bits, z and w are the sums of 2^t and t 2^t. Two at a time: each store waits twice for all
+    of the block's threads.
     """
     log2_z = tl.log2(z)
-    tl.store(ROWS + place, 0.6931471805599453 * (log2_z - w / z), mask=inside)
-    tl.store(ROWS + n + place, 0.6931471805599453 * (m + log2_z), mask=inside)
     top = tl.where((z != z) & (m < float("inf")), float("nan"), m)  # of a NaN the maximum says nothing
-    tl.store(ROWS + 2 * n + place, 0.6931471805599453 * top, mask=inside)
-    tl.store(ROWS + 3 * n + place, sink / z, mask=inside)
-    tl.store(ROWS + 4 * n + place, _row_peak(q), mask=inside)
-    tl.store(ROWS + 5 * n + place, _row_peak(k), mask=inside)
+    two = ROWS + place[:, None] + n * tl.arange(0, 2)[None, :]
+    inside = inside[:, None]
+    tl.store(two, tl.join(0.6931471805599453 * (log2_z - w / z), 0.6931471805599453 * (m + log2_z)), mask=inside)
+    tl.store(two + 2 * n, tl.join(0.6931471805599453 * top, sink / z), mask=inside)
+    tl.store(two + 4 * n, tl.join(_row_peak(q), _row_peak(k)), mask=inside)
 
 
 @triton.jit
@@ -97,31 +97,31 @@ def _short_forward(QKV, OUT, ROWS, n, T, C, H, c, BLOCK: tl.constexpr, D: tl.con
     first_key = row[None, :] == 0
     k_0 = _load(base + C, 0, T, 3 * C, BLOCK, D)
     v_0 = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
-    q = _load(base, 0, T, 3 * C, BLOCK, D)
-    s = _diagonal(q, k_0, BLOCK)
+    q_0 = _load(base, 0, T, 3 * C, BLOCK, D)
+    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)  # all at once: memory is waited for a single time
+    v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
+    q_1 = _load(base, BLOCK, T, 3 * C, BLOCK, D)
+    s = _diagonal(q_0, k_0, BLOCK)
     m = tl.max(s, 1)
     if LOOK:
         p_0, w = _terms(s, m, c)
         z = tl.sum(p_0, 1)
         sink = tl.sum(tl.where(first_key, p_0, 0.0), 1)
-        _write_rows(ROWS, n, place, row < T, m * c, z, w, sink, q, k_0)
+        _write_rows(ROWS, n, place, row < T, m * c, z, w, sink, q_0, k_0)
     else:
         p_0 = tl.exp2((s - m[:, None]) * c)
         z = tl.sum(p_0, 1)
     _store(out, tl.dot(p_0.to(v_0.dtype), v_0) * (1.0 / z)[:, None], 0, T, C, BLOCK, D)
 
-    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)
-    v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
-    q = _load(base, BLOCK, T, 3 * C, BLOCK, D)
-    s_0 = tl.dot(q, tl.trans(k_0))
-    s_1 = _diagonal(q, k_1, BLOCK)
+    s_0 = tl.dot(q_1, tl.trans(k_0))
+    s_1 = _diagonal(q_1, k_1, BLOCK)
     m = tl.maximum(tl.max(s_0, 1), tl.max(s_1, 1))
     if LOOK:
         p_0, w_0 = _terms(s_0, m, c)
         p_1, w_1 = _terms(s_1, m, c)
         z = tl.sum(p_0, 1) + tl.sum(p_1, 1)
         sink = tl.sum(tl.where(first_key, p_0, 0.0), 1)
-        _write_rows(ROWS, n, place + BLOCK, row + BLOCK < T, m * c, z, w_0 + w_1, sink, q, k_1)
+        _write_rows(ROWS, n, place + BLOCK, row + BLOCK < T, m * c, z, w_0 + w_1, sink, q_1, k_1)
     else:
         p_0 = tl.exp2((s_0 - m[:, None]) * c)
         p_1 = tl.exp2((s_1 - m[:, None]) * c)
@@ -136,7 +136,7 @@ def _short_backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: t
     """dV = P^T dY, dP = dY V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q, block by block.
 
     The row's sum is taken as it stands, not as that of y dy: y is rounded, and where attention is one-hot all of dS
-    would be that rounding. Registers are what this is short of, so blocks are done with early, and one dP twice.
+    would be that rounding. Registers are what this is short of, so blocks are done with early.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H * D
@@ -144,31 +144,30 @@ def _short_backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: t
     out = OUT + b * T * 3 * C + head
     grad = GRAD + b * T * C + head
     k_0 = _load(base + C, 0, T, 3 * C, BLOCK, D)
-    v = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
-    q = _load(base, 0, T, 3 * C, BLOCK, D)
-    dy = _load(grad, 0, T, C, BLOCK, D)
-    p = _softmax(_diagonal(q, k_0, BLOCK), c)
-    dv_0 = tl.dot(tl.trans(p.to(dy.dtype)), dy)
-    dp = tl.dot(dy, tl.trans(v))
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
-    dk_0 = tl.dot(tl.trans(ds), q)
+    v_0 = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
+    q_0 = _load(base, 0, T, 3 * C, BLOCK, D)
+    dy_0 = _load(grad, 0, T, C, BLOCK, D)
+    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)  # all at once: memory is waited for a single time
+    v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
+    q_1 = _load(base, BLOCK, T, 3 * C, BLOCK, D)
+    dy_1 = _load(grad, BLOCK, T, C, BLOCK, D)
+    p = _softmax(_diagonal(q_0, k_0, BLOCK), c)
+    dv_0 = tl.dot(tl.trans(p.to(dy_0.dtype)), dy_0)
+    dp = tl.dot(dy_0, tl.trans(v_0))
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q_0.dtype)
+    dk_0 = tl.dot(tl.trans(ds), q_0)
     _store(out, tl.dot(ds, k_0), 0, T, 3 * C, BLOCK, D)
 
-    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)
-    q = _load(base, BLOCK, T, 3 * C, BLOCK, D)
-    dy = _load(grad, BLOCK, T, C, BLOCK, D)
-    p, p_1 = _softmax_of_two(tl.dot(q, tl.trans(k_0)), _diagonal(q, k_1, BLOCK), c)
-    _store(out + 2 * C, tl.dot(tl.trans(p.to(dy.dtype)), dy, dv_0), 0, T, 3 * C, BLOCK, D)
-    _store(out + 2 * C, tl.dot(tl.trans(p_1.to(dy.dtype)), dy), BLOCK, T, 3 * C, BLOCK, D)
-    delta = tl.sum(p * tl.dot(dy, tl.trans(v)), 1)
-    dp = tl.dot(dy, tl.trans(_load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)))
-    delta += tl.sum(p_1 * dp, 1)
-    ds = (p_1 * (dp - delta[:, None]) * scale).to(q.dtype)
-    _store(out + C, tl.dot(tl.trans(ds), q), BLOCK, T, 3 * C, BLOCK, D)
+    p, p_1 = _softmax_of_two(tl.dot(q_1, tl.trans(k_0)), _diagonal(q_1, k_1, BLOCK), c)
+    _store(out + 2 * C, tl.dot(tl.trans(p.to(dy_0.dtype)), dy_1, dv_0), 0, T, 3 * C, BLOCK, D)
+    _store(out + 2 * C, tl.dot(tl.trans(p_1.to(dy_0.dtype)), dy_1), BLOCK, T, 3 * C, BLOCK, D)
+    dp, dp_1 = tl.dot(dy_1, tl.trans(v_0)), tl.dot(dy_1, tl.trans(v_1))
+    delta = tl.sum(p * dp, 1) + tl.sum(p_1 * dp_1, 1)
+    ds = (p_1 * (dp_1 - delta[:, None]) * scale).to(q_0.dtype)
+    _store(out + C, tl.dot(tl.trans(ds), q_1), BLOCK, T, 3 * C, BLOCK, D)
     dq = tl.dot(ds, k_1)
-    dp = tl.dot(dy, tl.trans(_load(base + 2 * C, 0, T, 3 * C, BLOCK, D)))  # loaded again, or both dP were one
-    ds = (p * (dp - delta[:, None]) * scale).to(q.dtype)
-    _store(out + C, tl.dot(tl.trans(ds), q, dk_0), 0, T, 3 * C, BLOCK, D)
+    ds = (p * (dp - delta[:, None]) * scale).to(q_0.dtype)
+    _store(out + C, tl.dot(tl.trans(ds), q_1, dk_0), 0, T, 3 * C, BLOCK, D)
     _store(out, tl.dot(ds, k_0, dq), BLOCK, T, 3 * C, BLOCK, D)
 
 
