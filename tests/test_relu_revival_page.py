@@ -6,7 +6,7 @@ from typing import Any
 
 import fixtures.make_results as made
 import pytest
-from revival import figures_scale, report, tables, verdicts
+from revival import figures_scale, front, report, tables, verdicts
 from revival import records as store
 from revival.differences import differences
 from revival.view import View, views
@@ -141,7 +141,7 @@ def test_the_sign_of_a_flip_is_that_of_the_losses() -> None:
     assert "At the common rate, 2e-3: \u22120.2994 ± 0.0007 (n = 5), as published; lost: 0 of 5" in text
     assert "taking them out changes ReLU \u2212 GELU by \u22120.1994 ± 0.0007 (n = 5) nats" in text
     assert "advantage" not in text
-    assert "Published: they do, the same direction." in text
+    assert "Published: they do, by \u22120.112, the same direction." in text
 
 
 @pytest.mark.parametrize("arm", ["gelu", "relu"])
@@ -318,3 +318,27 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.
     assert set(drawn) == {"maps", "ranges", "layers", "rates", "seeds", "heads", "nan", "slopes", "scale"}
     assert all(path.stat().st_size > 2000 for path in drawn.values())
     assert figures.maps(view, "C", tmp_path) == {}
+
+
+def test_the_readme_and_the_page_quote_the_results() -> None:
+    root = Path(__file__).parents[1]
+    (view,) = (view for view in views(store.RESULTS) if view.scale == "short")
+    table = front.at_a_glance(view)
+    first = "\n".join(table[: table.index("")])
+    assert first.count("\n") == 7
+    assert first in (root / "README.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "relu-revival.md").read_text(encoding="utf-8")
+    assert "\n".join(table) in page
+    for question, answer in verdicts.QUESTIONS.items():
+        assert question in page
+        for line in answer(view):
+            assert line.endswith(report.NOT_RUN) or line[1:] in page, line
+
+
+def test_a_glance_has_the_differences_and_the_common_rate() -> None:
+    more = [made.make("A", arm, 2e-3, seed, 2.7) for arm in ("gelu", "ln+gelu") for seed in range(1, 6)]
+    table = front.at_a_glance(view_of(made.rung_a() + more))
+    assert "loss at 2e-3" in table[0]
+    assert table[0].count("|") == table[2].count("|") == table[-2].count("|")
+    assert "(published: \u22120.090) |  |  | \u22120.099 ± 0.001 (n = 5)" in table[-3]
+    assert front.at_a_glance(View("short", "none", ())) == []

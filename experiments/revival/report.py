@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.records import write_atomically
-from revival import budget, figures, figures_scale, overview, tables, words
+from revival import budget, figures, figures_scale, front, overview, tables, words
 from revival.cases import CASES
 from revival.cells import PUBLISHED_T, SHORT_PYTHIA, Cell
 from revival.differences import differences
@@ -139,7 +139,7 @@ def _answers(found: Sequence[View]) -> list[str]:
     if not _studies(found):
         return [*lines, "Not run: there is no result of scale short or full yet.", ""]
     for view in _studies(found):
-        lines += [f"Scale {view.scale}, corpus `{view.fingerprint[:12]}`. {LEGEND}", ""]
+        lines += [f"Scale {view.scale}, corpus `{view.fingerprint[:12]}`. {LEGEND}", "", *front.at_a_glance(view)]
         for question, answer in QUESTIONS.items():
             lines += [f"**{question}**", "", *(f"- {line}" for line in _gathered(answer(view))), ""]
     return lines

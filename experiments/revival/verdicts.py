@@ -59,7 +59,7 @@ def order(view: View) -> list[str]:
             pair = view.own(*arms["ReLU"]), view.own(*arms["GELU"])
             line = _order(view, head, *pair, gap, unsettled(view, **chosen_on))
             lines.append(line + ("" if prefix else _at_common(view, rung, one, other, gap)))
-        lines += _flip(view, rung, prefix)
+        lines += _flip(view, rung, prefix, PUBLISHED_GAP[published])
     return lines
 
 
@@ -110,28 +110,51 @@ def _as_published(sign: int, published: int) -> str:
     return ", as in the paper" if sign == published else f". {AGAINST}"
 
 
-def _flip(view: View, rung: str, prefix: str) -> list[str]:
+def _flip(view: View, rung: str, prefix: str, published: dict[str, float]) -> list[str]:
     """Whether norms turn the order round: the difference of the two differences, seed by seed."""
+    by = words.signed(published["none"] - published["norms"], 3)
     head = f"Whether norms turn the order round ({about(rung, prefix)})"
     if missing := not_there(view, **{words.arm_words(arm): (rung, prefix + arm) for arm in FOUR}):
         return [f"{head}: {missing}."]
     arms = {arm: view.own(rung, prefix + arm) for arm in FOUR}
-    gone = lost_of(**{words.arm_words(arm): records for arm, records in arms.items()})
-    gone += not_paired(arms["relu"], arms["gelu"]) + not_paired(arms["ln+relu"], arms["ln+gelu"])
+    turned = _turned(view, arms)
+    if turned is None:
+        return [f"{head}: no seed of which all four arms survived and compare; {_gone(arms)}."]
+    verdict, change = turned
+    line = (
+        f"{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: taking them out changes ReLU {words.MINUS} "
+        f"GELU by {words.interval(change)} nats; {_gone(arms)}. Published: they do, by {by}"
+        f"{_agreement(change.sign, -1)}."
+    )
+    common = None if prefix else view.common_rate(rung)
+    at_common = {} if common is None else {arm: view.reported(rung, arm, common) for arm in FOUR}
+    if common is None or not all(at_common.values()) or at_common == arms:
+        return [line]
+    head = f"At the common rate, {words.rate_name(common)}"
+    turned = _turned(view, at_common)
+    if turned is None:
+        return [f"{line} {head}: no seed of which all four arms survived and compare; {_gone(at_common)}."]
+    verdict, change = turned
+    said = f"{verdict[0].lower()}{verdict[1:]}, by {words.interval(change)} nats{_as_published(change.sign, -1)}"
+    return [f"{line} {head}: {said}; {_gone(at_common)}."]
+
+
+def _turned(view: View, arms: dict[str, list[Record]]) -> tuple[str, Difference] | None:
+    """In words, and the change of ReLU - GELU where norms are taken out; None where no seed has it."""
     free, normed = view.gap(arms["relu"], arms["gelu"]), view.gap(arms["ln+relu"], arms["ln+gelu"])
     change = paired(free.points, normed.points) if free and normed else None
     if free is None or normed is None or change is None:
-        return [f"{head}: no seed of which all four arms survived and compare; {gone}."]
-    turned = free.sign * normed.sign
+        return None
     verdict = {-1: "Norms turn the order round", 1: "Norms do not turn the order round"}.get(
-        turned, "That norms turn the order round is not shown"
+        free.sign * normed.sign, "That norms turn the order round is not shown"
     )
-    published = -1 if (free.sign, normed.sign) == (-1, 1) else 1
-    return [
-        f"{preliminary(free, normed, change)}{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: taking "
-        f"them out changes ReLU {words.MINUS} GELU by {words.interval(change)} nats; {gone}. Published: "
-        f"they do{_agreement(published if turned else 0, -1)}."
-    ]
+    return f"{preliminary(free, normed, change)}{verdict}", change
+
+
+def _gone(arms: dict[str, list[Record]]) -> str:
+    """The lost runs of the four arms, and the seeds that are not paired."""
+    gone = lost_of(**{words.arm_words(arm): records for arm, records in arms.items()})
+    return gone + not_paired(arms["relu"], arms["gelu"]) + not_paired(arms["ln+relu"], arms["ln+gelu"])
 
 
 def overloaded(view: View) -> list[str]:
