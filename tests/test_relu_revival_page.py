@@ -8,7 +8,10 @@ import fixtures.make_results as made
 import pytest
 from revival import figures_scale, front, report, tables, verdicts
 from revival import records as store
+from revival.cells import TUNING_SEED
 from revival.differences import differences
+from revival.plan import plan
+from revival.tuning import between
 from revival.view import View, views
 
 
@@ -38,7 +41,7 @@ def test_the_verdicts_follow_from_the_numbers(page: Any) -> None:
     assert "lost: 0 of 5 (0 to 52 %) each" in text
     assert "52.4 million tokens (60.0 million unique, 0.87 epochs)" in text
     assert "At the common rate, 2e-3: " not in text  # rung A's runs at it are not there
-    assert "- Not run: GPT-2 124M, T = 128, the published schedule's first tenth; GPT-2 124M" in text
+    assert "\u221a2; GPT-2 124M, T = 128, the published schedule's first tenth; GPT-2 124M" in text
     assert "input explain?**\n\n- Not run.\n" in text
 
 
@@ -342,3 +345,30 @@ def test_a_glance_has_the_differences_and_the_common_rate() -> None:
     assert table[0].count("|") == table[2].count("|") == table[-2].count("|")
     assert "(published: \u22120.090) |  |  | \u22120.099 ± 0.001 (n = 5)" in table[-3]
     assert front.at_a_glance(View("short", "none", ())) == []
+
+
+def test_rates_between_the_ladder_count_with_those_of_the_ladder() -> None:
+    def tried(arm: str, *losses: float) -> list[dict[str, Any]]:
+        best = 1e-3 if arm == "gelu" else 2e-3  # of made.rung_a
+        return [made.make("A2", arm, lr, TUNING_SEED, x) for lr, x in zip(between(best), losses, strict=True)]
+
+    records = made.rung_a() + tried("relu", 2.41, 2.3) + tried("gelu", 2.6, 2.6)
+    view = View("short", "f00d", tuple(records))
+    assert view.own_rate("A2", "relu") == 2.8e-3
+    assert view.own_rate("A2", "gelu") == 1e-3
+    assert view.is_settled("A2", "relu")
+    assert view.own("A2", "gelu") == view.own("A", "gelu")
+    assert view.own("A2", "ln+gelu") == []  # not tried between its rates
+    assert view.own_rate("A", "relu") == 2e-3  # what was fixed before stays
+    assert view.common_rate("A2") is None
+    left = plan("short", report.Named(view), ["A2"])
+    relu = [f"A2/relu/lr2.8e-3/s{seed}" for seed in range(1, 6)]
+    norms = {f"A2/{arm}/lr{lr}/s101" for arm in ("ln+gelu", "ln+relu") for lr in ("1.4e-3", "2.8e-3")}
+    assert {cell.name for cell in left.cells} == {*relu, *norms}
+    better = [made.make("A2", "relu", 2.8e-3, seed, 2.2 + 0.1 * seed) for seed in range(1, 6)]
+    view = View("short", "f00d", tuple(records + better))
+    (line,) = [text for text in verdicts.order(view) if "Without block norms" in text and "steps of \u221a2" in text]
+    assert "\u22120.3000 ± 0.0000 (n = 5) nats on val" in line
+    assert "rates 2.8e-3 and 1e-3" in line
+    assert "common rate" not in line
+    assert len([text for text in differences(view, "A2") if text.startswith("| ReLU \u2212 GELU |")]) == 1

@@ -9,6 +9,7 @@ from revival.view import QUARTERS, View, unlike
 
 CASES = (
     ("A", "", "Pythia-70M, T = 128"),
+    ("A2", "", "Pythia-70M, T = 128"),
     ("C", "faithful_prefix:", "GPT-2 124M, T = 128"),
     ("C", "faithful:", "GPT-2 124M, T = 128"),  # at scale full
     ("C", "tuned:", "GPT-2 124M, T = 128"),
@@ -16,6 +17,7 @@ CASES = (
 )  # rung, prefix of its arms, the published model it is put beside
 ABOUT = {
     "A": "Pythia-70M's dimensions, T = 128",
+    "A2": "Pythia-70M's dimensions, T = 128, rates in steps of \u221a2",
     "C": "GPT-2 124M, T = 128",
     "G": "Pythia-70M's dimensions, T = 256, at the rates of T = 128",
 }

@@ -10,7 +10,7 @@ from revival.view import QUARTERS, View, unlike
 
 OWN, COMMON, SAME = "own best rate", "common rate", "the base's rate"
 PAIRS = (("relu", "gelu"), ("ln+relu", "ln+gelu"), ("gelu", "ln+gelu"), ("relu", "ln+relu"))
-PREFIXES = tuple(prefix for _, prefix, _ in CASES)
+PREFIXES = tuple(dict.fromkeys(prefix for _, prefix, _ in CASES))
 Pair = tuple[str, str, str, Sequence[Record], Sequence[Record]]  # arm, other arm, at which rates, runs, other runs
 
 

@@ -10,6 +10,7 @@ from revival.study import Results, Waiting
 
 ASKED = {
     "A": "Does ReLU beat GELU without norms, at tuned rates, and the other way round with them?",
+    "A2": "Does the answer hold between the rates? Added after rung A was seen",
     "B": "Is it the scale of the input?",
     "C": "The same as A: does it hold for a larger model, at the published schedule and at tuned rates?",
     "D": "What becomes of the model without norms and activation?",
@@ -24,6 +25,7 @@ MODELS: dict[tuple[str, ...], str] = {
 FOUR = "LayerNorm or no block norms, GELU or ReLU"
 ARMS = {
     "A": FOUR,
+    "A2": f"{FOUR}; rates half a step below and above rung A's, and rung A's own",
     "B": "GELU and ReLU with embeddings x 22.627 or x 50, without feed-forward biases, or with depth-scaled initial "
     "values; GELU with the input of the activation x 10 or x 60; LayerNorm + GELU with embeddings x 22.627",
     "C": f"`faithful_prefix:`, the first tenth of the published schedule at its rate, and `tuned:`; each {FOUR}",

@@ -30,8 +30,8 @@ from revival.cells import (
     prefix_final,
     slope_decay,
 )
-from revival.study import Results, Steps, Study, chosen, fixed, later, tuned
-from revival.tuning import around
+from revival.study import Results, Steps, Study, Waiting, chosen, fixed, later, tuned
+from revival.tuning import around, between
 
 Rung = Callable[[Results], Steps]
 
@@ -83,6 +83,17 @@ def base(arm: str) -> Study:
 def short_a(results: Results) -> Steps:
     """Does ReLU beat GELU without norms at tuned rates, and the other way round with them?"""
     return tuned([base(arm.name) for arm in FOUR], results, common=True)
+
+
+def short_a2(results: Results) -> Steps:
+    """The four arms with half a step on both sides of their optimum; rung A's runs at its rates count here too."""
+    rates = {arm: chosen(base(arm), results) for arm in ("relu", "gelu", "ln+relu", "ln+gelu")}
+    studies = {arm: Study("A2", FREE[arm], SHORT_PYTHIA, between(rate or PUBLISHED_LR)) for arm, rate in rates.items()}
+    for step in tuned([studies[arm] for arm, rate in rates.items() if rate], results):
+        if isinstance(step, Waiting) or step.lr in studies[step.arm.name].ladder:
+            yield step
+    if waiting := [studies[arm] for arm, rate in rates.items() if not rate]:
+        yield later(waiting, results, "at rates around those that rung A is still choosing")
 
 
 WIDTH, STD = 512, 0.02  # of Pythia-70M, and of its initial embeddings, whose RMS is therefore .02
@@ -222,6 +233,15 @@ def full_g(results: Results) -> Steps:
 
 LADDER: dict[str, dict[str, Rung]] = {
     "smoke": {"A": smoke_a},
-    "short": dict(zip("ABCDEFG", (short_a, short_b, short_c, short_d, short_e, short_f, short_g), strict=True)),
+    "short": {
+        "A": short_a,
+        "A2": short_a2,
+        "B": short_b,
+        "C": short_c,
+        "D": short_d,
+        "E": short_e,
+        "F": short_f,
+        "G": short_g,
+    },
     "full": {"A": full_a, "C": full_c, "D": full_d, "E": full_e, "G": full_g},
 }

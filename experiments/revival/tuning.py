@@ -54,5 +54,10 @@ def around(lr: float) -> tuple[float, ...]:
     return _rounded(lr / FACTOR), _rounded(lr), _rounded(lr * FACTOR)
 
 
+def between(lr: float) -> tuple[float, float]:
+    """Half a step below and above: the rate over and times the square root of `FACTOR`, in two digits."""
+    return float(f"{lr / math.sqrt(FACTOR):.1e}"), float(f"{lr * math.sqrt(FACTOR):.1e}")
+
+
 def _rounded(lr: float) -> float:
     return float(rate_name(lr))

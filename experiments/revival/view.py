@@ -16,6 +16,7 @@ from revival.tuning import best_rate, common_rate, is_interior
 
 SCALES = ("short", "full", "smoke")  # in the order of the page
 FOUR = ("ln+gelu", "ln+relu", "gelu", "relu")
+REFINED = {"A2": "A"}  # a rung between the rates of another one, whose runs of the same arm are as good as its own
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,22 @@ class View:
         """Arms of one recipe together, in the order of the four; workers finish in any order."""
         return sorted({record["arm"] for record in self.records if record["rung"] == rung}, key=_place)
 
+    def of(self, rung: str, arm: str) -> list[Record]:
+        """All runs of an arm; of a rung that refines another one, where it has any, those of the other too."""
+        found = [r for r in self.records if (r["rung"], r["arm"]) == (rung, arm)]
+        return found + self.of(REFINED[rung], arm) if found and rung in REFINED else found
+
     def reported(self, rung: str, arm: str, lr: float | None = None) -> list[Record]:
         """The runs of the reported seeds, by rate and seed."""
-        found = [r for r in self.records if (r["rung"], r["arm"]) == (rung, arm) and not r["tuning"]]
+        found = [r for r in self.of(rung, arm) if not r["tuning"]]
         kept = [r for r in found if lr is None or same_rate(r["lr"], lr)]
         return sorted(kept, key=lambda r: (r["lr"], r["seed"]))
 
     def tuning(self, rung: str, arm: str) -> dict[float, float]:
         """Rate -> mean loss over the tuning seeds, on the tokens that rates are chosen by; infinite if one was lost."""
         by_rate: dict[float, list[float]] = {}
-        for r in self.records:
-            if (r["rung"], r["arm"]) == (rung, arm) and r["tuning"]:
+        for r in self.of(rung, arm):
+            if r["tuning"]:
                 by_rate.setdefault(r["lr"], []).append(math.inf if is_lost(r) else float(r["tuning_loss"]))
         return {lr: statistics.fmean(found) for lr, found in sorted(by_rate.items())}
 
@@ -52,7 +58,7 @@ class View:
         tried = self.tuning(rung, arm)
         if tried:
             return best_rate(tried)
-        rates = [r["lr"] for r in self.records if (r["rung"], r["arm"]) == (rung, arm)]
+        rates = [r["lr"] for r in self.of(rung, arm)]
         return rates[-1] if rates else None  # given by another rung, which may have changed its mind: the last counts
 
     def is_settled(self, rung: str, arm: str) -> bool:
@@ -66,7 +72,9 @@ class View:
         return [] if lr is None else self.reported(rung, arm, lr)
 
     def common_rate(self, rung: str, arms: Sequence[str] = FOUR) -> float | None:
-        """The rate of the lowest sum over the arms, among those that none of them lost."""
+        """The rate of the lowest sum over the arms, among those that none lost; None where another rung has it."""
+        if rung in REFINED:
+            return None
         tried = [self.tuning(rung, arm) for arm in arms]
         return common_rate(tried) if all(tried) else None
 
