@@ -157,11 +157,6 @@ def test_a_sweep_keeps_going(command, capfd):
     assert written()[0] == "runs"
 
 
-def test_a_parallel_sweep(command):
-    assert command("-m", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2") == 0
-    assert len(list(Path("runs").glob("*-s[12]"))) == 2
-
-
 def test_twelve_compiled_jobs_in_one_process(command, capfd):
     """One refused and one diverged among them; compile caches of one job must not starve the next."""
     words = ["-m", "train.compile=true", "seed=1,2,3", "optim.lr=1e-3,2e-3,-1,1e3", "optim.grad_clip=0"]
