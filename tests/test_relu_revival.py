@@ -15,7 +15,8 @@ from revival import records as store
 from revival.place import Place
 from revival.plan import plan
 from revival.statistics import binomial_interval, difference, paired
-from revival.view import REFINED, View
+from revival.tuning import REFINED
+from revival.view import View
 
 from normfree.config import DataConfig, OptimConfig
 from normfree.errors import UserError

@@ -17,7 +17,7 @@ CASES = (
 )  # rung, prefix of its arms, the published model it is put beside
 ABOUT = {
     "A": "Pythia-70M's dimensions, T = 128",
-    "A2": "Pythia-70M's dimensions, T = 128, rates in steps of \u221a2",
+    "A2": "Pythia-70M's dimensions, T = 128, rates in steps of \u221a2 (added after rung A was seen)",
     "C": "GPT-2 124M, T = 128",
     "G": "Pythia-70M's dimensions, T = 256, at the rates of T = 128",
 }

@@ -191,7 +191,7 @@ def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
 def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
     """The tuning runs: one line an arm; a lost run is a cross at the top."""
     tried = {arm: found for arm in view.arms(rung) if (found := view.tuning(rung, arm))}
-    if not tried:
+    if all(len(found) < 2 for found in tried.values()):
         return {}
 
     def plot(fig: Figure) -> None:

@@ -19,33 +19,41 @@ def at_a_glance(view: View) -> list[str]:
     """A table for each comparison of the four arms that has a reported run."""
     lines = []
     for rung, prefix, published in CASES:
-        own: Runs = {arm: view.own(rung, prefix + arm) for arm in FOUR}
+        own = {arm: view.own(rung, prefix + arm) for arm in FOUR}
         if any(own.values()):
-            gaps = PUBLISHED_GAP[published]
-            lines += [*_table(view, rung, own, gaps, about(rung, prefix), not prefix), ""]
+            lines += [*_table(view, rung, prefix, own, PUBLISHED_GAP[published]), ""]
     return lines
 
 
-def _table(view: View, rung: str, own: Runs, published: dict[str, float], title: str, tuned_here: bool) -> list[str]:
-    """A row an arm, then ReLU - GELU without and with norms; where the rung chose rates, at the common one as well."""
+def _table(view: View, rung: str, prefix: str, own: Runs, published: dict[str, float]) -> list[str]:
+    """A row an arm, then ReLU - GELU without and with norms; at the common rate too, where all arms were run at it."""
+    tuned = any(view.tuning(rung, prefix + arm) for arm in FOUR)
+    columns = [about(rung, prefix), "lost", "best rate" if tuned else "rate", "loss there", "overloaded heads (%)"]
     blocks = [own]
-    columns = [title, "lost", "best rate", "loss there", "overloaded heads (%)"]
-    common = view.common_rate(rung) if tuned_here else None
-    if common is not None:
-        blocks.append({arm: view.reported(rung, arm, common) for arm in FOUR})
-        columns += [f"loss at {words.rate_name(common)}", "overloaded (%)"]
+    common = view.common_rate(rung, [prefix + arm for arm in FOUR])
+    at_common = {} if common is None else {arm: view.reported(rung, prefix + arm, common) for arm in FOUR}
+    if common is not None and all(at_common.values()):
+        blocks.append(at_common)
+        rate = words.rate_name(common)
+        columns += [f"lost at {rate}", f"loss at {rate}", f"overloaded heads at {rate} (%)"]
     rows = []
     for arm in FOUR:
-        runs = [block[arm] for block in blocks]
         rate = words.rate_name(own[arm][0]["lr"]) if own[arm] else words.DASH
-        row = [words.arm_words(arm), "; ".join(dict.fromkeys(map(words.lost_words, runs))), rate]
-        for records in runs:
-            row += [words.mean(values(records), 3), words.mean(overload(records), 0, 100)]
+        rate += "" if view.is_settled(rung, prefix + arm) else " (at the end of the ladder)"
+        row = [words.arm_words(arm), words.lost_words(own[arm]), rate, *_levels(own[arm])]
+        for block in blocks[1:]:
+            row += [words.lost_words(block[arm]), *_levels(block[arm])]
         rows.append(row)
     for name, norm, one, other in PAIRS:
-        row = [f"{name} (published: {words.signed(published[norm], 3)})", "", ""]
-        for block in blocks:
+        row = [f"{name} (published: {words.signed(published[norm], 3)})"]
+        for i, block in enumerate(blocks):
             pair = block[one], block[other]
+            row += [""] if i else ["", ""]
             row += [words.interval(view.gap(*pair), 3), words.interval(points(view.gap(*pair, "overload")), 0)]
         rows.append(row)
     return words.table(columns, rows)
+
+
+def _levels(records: Sequence[Record]) -> list[str]:
+    """Loss and percent of overloaded heads."""
+    return [words.mean(values(records), 3), words.mean(overload(records), 0, 100)]

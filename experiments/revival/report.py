@@ -11,8 +11,9 @@ from revival.differences import differences
 from revival.plan import plan
 from revival.records import RESULTS
 from revival.study import Results
+from revival.tuning import REFINED
 from revival.verdicts import QUESTIONS
-from revival.view import REFINED, SCALES, View, views
+from revival.view import SCALES, View, views
 
 TITLES = {
     "A": "A. Four arms at tuned rates, Pythia-70M's dimensions",
@@ -28,7 +29,8 @@ NOTES = {
     "A2": "Added after rung A was seen, and so outside the method that was fixed before. Without norms a run fails at "
     "twice its arm's best rate: where the two arms fail within one step of the ladder may then decide which is ahead. "
     "So each arm's optimum is looked for once more, at rates a factor of \u221a2 below and above it. Rung A's runs of "
-    "the arm count here too, and its verdicts stay as they are.",
+    "the arm count here too, and its verdicts stay as they are. A run that fails like that ends above 6 nats, which is "
+    "below the unigram entropy: it counts as any other, and is not lost.",
     "B": "Pythia has biases in its feed-forward layers, and the original's GPT-2 has none: the arms of rung A have "
     "them, and the change is to take them away.",
     "C": "`faithful_prefix` is the published schedule stopped at a tenth; `tuned` has the length of rung A, so that "
@@ -196,7 +198,7 @@ def _rung(view: View, rung: str) -> list[str]:
     parts += [
         ("Paired differences:", differences(view, rung)),
         ("Loss against peak rate, seed 101, on the tokens that choose rates:", tables.rates(view, rung)),
-        ("Inside:", tables.mechanism(view, rung) if rung in "AB" else []),
+        ("Inside:", tables.mechanism(view, rung) if rung in ("A", "B") else []),
         ("What replacing heads' attention costs (nats):", tables.heads(view, rung)),
         ("", tables.lost_runs(view, rung)),
         ("", tables.bad_steps(view, rung)),

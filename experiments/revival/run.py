@@ -103,7 +103,7 @@ class Session:
 
     def last_rung(self, planned: Plan) -> str | None:
         """The first rung that waits for rates which cells under way may settle: its cells are worth more than later
-        ones, so those are not begun. None: no rung does. Rungs are letters, in order of value.
+        ones, so those are not begun. None: no rung does. Rungs sort as they are worth: A, A2, B.
         """
         settling = {cell.rung for cell in self.running.values() if cell.tuning}
         return min((step.rung for step in planned.waiting if step.rung in settling), default=None)

@@ -88,9 +88,10 @@ def short_a(results: Results) -> Steps:
 def short_a2(results: Results) -> Steps:
     """The four arms with half a step on both sides of their optimum; rung A's runs at its rates count here too."""
     rates = {arm: chosen(base(arm), results) for arm in ("relu", "gelu", "ln+relu", "ln+gelu")}
-    studies = {arm: Study("A2", FREE[arm], SHORT_PYTHIA, between(rate or PUBLISHED_LR)) for arm, rate in rates.items()}
+    studies = {arm: Study("A2", FREE[arm], SHORT_PYTHIA, between(rate) if rate else ()) for arm, rate in rates.items()}
+    theirs = {arm: results.tuning(base(arm)) for arm in rates}
     for step in tuned([studies[arm] for arm, rate in rates.items() if rate], results):
-        if isinstance(step, Waiting) or step.lr in studies[step.arm.name].ladder:
+        if isinstance(step, Waiting) or step.lr not in theirs[step.arm.name]:
             yield step
     if waiting := [studies[arm] for arm, rate in rates.items() if not rate]:
         yield later(waiting, results, "at rates around those that rung A is still choosing")

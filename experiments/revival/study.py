@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from revival.cells import SEEDS, TUNING_SEED, Arm, Cell, Recipe, is_named
 from revival.records import Record, is_lost
-from revival.tuning import best_rate, common_rate, rates_to_try
+from revival.tuning import REFINED, best_rate, common_rate, rates_to_try
 
 
 class Results:
@@ -37,8 +37,10 @@ class Results:
 
     def tuning(self, study: "Study") -> dict[float, float]:
         """Rate -> loss on the tokens that rates are chosen by; infinite where the run was lost."""
-        found = {lr: self.of(study.cell(lr, TUNING_SEED)) for lr in sorted(self._rates)}
-        return {lr: math.inf if is_lost(r) else float(r["tuning_loss"]) for lr, r in found.items() if r is not None}
+        rungs = study.rung, REFINED.get(study.rung)  # a cell's key does not tell its rung, and A2's cells are like A's
+        tried = {lr: self.of(study.cell(lr, TUNING_SEED)) for lr in sorted(self._rates)}
+        found = {lr: r for lr, r in tried.items() if r is not None and r["rung"] in rungs}
+        return {lr: math.inf if is_lost(r) else float(r["tuning_loss"]) for lr, r in found.items()}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def results(view: View, rung: str, lr: float | None = None) -> list[str]:
 
 def _row(view: View, rung: str, arm: str, rate: float | None, records: Sequence[Record], own: bool) -> list[str]:
     shown = "not chosen yet" if rate is None else words.rate_name(rate)
-    if own and rate is not None and not view.is_settled(rung, arm):
+    if own and not records and len(view.tuning(rung, arm)) == 1:
+        shown = "not chosen yet"
+    elif own and rate is not None and not view.is_settled(rung, arm):
         shown += " (at the end of the ladder)"
     nats = values(records)
     perplexity = math.exp(sum(nats.values()) / len(nats)) if nats else None
@@ -69,8 +71,9 @@ def rates(view: View, rung: str) -> list[str]:
     rows = []
     for arm, found in tried.items():
         best = view.own_rate(rung, arm)
-        cells = [_tried(found.get(lr), lr == best) for lr in ladder]
-        rows.append([words.arm_words(arm), *cells, "yes" if view.is_settled(rung, arm) else "no"])
+        cells = [_tried(found.get(lr), lr == best and len(found) > 1) for lr in ladder]
+        settled = "yes" if view.is_settled(rung, arm) else "no" if len(found) > 1 else "one rate so far"
+        rows.append([words.arm_words(arm), *cells, settled])
     return words.table(["arm", *map(words.rate_name, ladder), "optimum interior"], rows)
 
 

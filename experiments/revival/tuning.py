@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 MOST_ADDED = 4  # rates beyond the ladder, at either end
 FACTOR = 2.0
+REFINED = {"A2": "A"}  # a rung between the rates of another one, whose runs of the same arm are as good as its own
 
 
 def rate_name(lr: float) -> str:

@@ -112,43 +112,51 @@ def _as_published(sign: int, published: int) -> str:
 
 def _flip(view: View, rung: str, prefix: str, published: dict[str, float]) -> list[str]:
     """Whether norms turn the order round: the difference of the two differences, seed by seed."""
-    by = words.signed(published["none"] - published["norms"], 3)
     head = f"Whether norms turn the order round ({about(rung, prefix)})"
     if missing := not_there(view, **{words.arm_words(arm): (rung, prefix + arm) for arm in FOUR}):
         return [f"{head}: {missing}."]
     arms = {arm: view.own(rung, prefix + arm) for arm in FOUR}
-    turned = _turned(view, arms)
+    by = published["none"] - published["norms"]
+    turned = _turned(view, arms, by)
     if turned is None:
         return [f"{head}: no seed of which all four arms survived and compare; {_gone(arms)}."]
-    verdict, change = turned
+    verdict, change, sign = turned
     line = (
-        f"{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: taking them out changes ReLU {words.MINUS} "
-        f"GELU by {words.interval(change)} nats; {_gone(arms)}. Published: they do, by {by}"
-        f"{_agreement(change.sign, -1)}."
+        f"{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: {change}; {_gone(arms)}. Published: they do"
+        f"{_agreement(sign, -1)}."
     )
     common = None if prefix else view.common_rate(rung)
     at_common = {} if common is None else {arm: view.reported(rung, arm, common) for arm in FOUR}
     if common is None or not all(at_common.values()) or at_common == arms:
         return [line]
     head = f"At the common rate, {words.rate_name(common)}"
-    turned = _turned(view, at_common)
+    turned = _turned(view, at_common, by)
     if turned is None:
         return [f"{line} {head}: no seed of which all four arms survived and compare; {_gone(at_common)}."]
-    verdict, change = turned
-    said = f"{verdict[0].lower()}{verdict[1:]}, by {words.interval(change)} nats{_as_published(change.sign, -1)}"
-    return [f"{line} {head}: {said}; {_gone(at_common)}."]
+    verdict, change, sign = turned
+    agrees = _as_published(sign, -1) if sign else ""
+    return [f"{line} {head}: {verdict[0].lower()}{verdict[1:]}{agrees}: {change}; {_gone(at_common)}."]
 
 
-def _turned(view: View, arms: dict[str, list[Record]]) -> tuple[str, Difference] | None:
-    """In words, and the change of ReLU - GELU where norms are taken out; None where no seed has it."""
+def _turned(view: View, arms: dict[str, list[Record]], published: float) -> tuple[str, str, int] | None:
+    """Whether norms turn the order round, how ReLU - GELU changes where they are taken out, and a sign: -1 where the
+    order turns as published, 1 where it does not or turns the other way, 0 where that is not shown. None: no seed.
+    """
     free, normed = view.gap(arms["relu"], arms["gelu"]), view.gap(arms["ln+relu"], arms["ln+gelu"])
     change = paired(free.points, normed.points) if free and normed else None
     if free is None or normed is None or change is None:
         return None
+    turned = free.sign * normed.sign
     verdict = {-1: "Norms turn the order round", 1: "Norms do not turn the order round"}.get(
-        free.sign * normed.sign, "That norms turn the order round is not shown"
+        turned, "That norms turn the order round is not shown"
     )
-    return f"{preliminary(free, normed, change)}{verdict}", change
+    told = {-1: "of the published sign", 1: "against the published sign", 0: "not told apart from 0; published"}
+    text = (
+        f"taking them out changes ReLU {words.MINUS} GELU by {words.interval(change)} nats, {told[change.sign]} "
+        f"({words.signed(published, 3)})"
+    )
+    sign = 0 if turned == 0 else -1 if (free.sign, normed.sign) == (-1, 1) else 1
+    return f"{preliminary(free, normed, change)}{verdict}", text, sign
 
 
 def _gone(arms: dict[str, list[Record]]) -> str:

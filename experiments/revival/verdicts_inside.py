@@ -9,6 +9,7 @@ from revival.cases import CASES, about, absent, lost_of, preliminary, tokens_of,
 from revival.heads_table import SMALL, at_once, costs, per_seed
 from revival.records import Record, is_lost, numbers
 from revival.statistics import ENOUGH, Difference, difference, paired
+from revival.tuning import REFINED
 from revival.view import FOUR, View, lost
 
 WASTED = (
@@ -23,7 +24,8 @@ def wasted(view: View) -> list[str]:
     for rung, prefix, _ in CASES:
         for arm in FOUR:
             everyone = view.own(rung, prefix + arm)
-            if everyone:
+            told = rung in REFINED and everyone == view.own(REFINED[rung], arm)  # as the other rung's
+            if everyone and not told:
                 lines.append(_wasted(f"{words.arm_words(arm)} ({about(rung, prefix)})", everyone))
     return [WASTED, *lines] if lines else ["Not run."]
 

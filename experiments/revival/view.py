@@ -12,11 +12,10 @@ from normfree.heads import is_overloaded
 from revival import records as store
 from revival.records import Record, is_lost, same_rate
 from revival.statistics import Difference, paired
-from revival.tuning import best_rate, common_rate, is_interior
+from revival.tuning import REFINED, best_rate, common_rate, is_interior
 
 SCALES = ("short", "full", "smoke")  # in the order of the page
 FOUR = ("ln+gelu", "ln+relu", "gelu", "relu")
-REFINED = {"A2": "A"}  # a rung between the rates of another one, whose runs of the same arm are as good as its own
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,13 @@ class View:
         return sorted({record["arm"] for record in self.records if record["rung"] == rung}, key=_place)
 
     def of(self, rung: str, arm: str) -> list[Record]:
-        """All runs of an arm; of a rung that refines another one, where it has any, those of the other too."""
-        found = [r for r in self.records if (r["rung"], r["arm"]) == (rung, arm)]
-        return found + self.of(REFINED[rung], arm) if found and rung in REFINED else found
+        """All runs of an arm; of a rung that refines another one, those of the other too."""
+        return [r for r in self.records if r["rung"] in (rung, REFINED.get(rung)) and r["arm"] == arm]
+
+    def is_refined(self, rung: str) -> bool:
+        """Whether each of the four arms was tried at two rates or more of the rung's own: before, nothing is said."""
+        rates = {(r["arm"], r["lr"]) for r in self.records if r["rung"] == rung and r["tuning"]}
+        return all(sum(arm == other for other, _ in rates) > 1 for arm in FOUR)
 
     def reported(self, rung: str, arm: str, lr: float | None = None) -> list[Record]:
         """The runs of the reported seeds, by rate and seed."""
@@ -67,9 +70,11 @@ class View:
         return not tried or is_interior(tried)
 
     def own(self, rung: str, arm: str) -> list[Record]:
-        """The reported runs at the arm's own rate."""
+        """The reported runs at the arm's own rate; none of a rung that refines another one, and has not done so yet."""
         lr = self.own_rate(rung, arm)
-        return [] if lr is None else self.reported(rung, arm, lr)
+        if lr is None or (rung in REFINED and not self.is_refined(rung)):
+            return []
+        return self.reported(rung, arm, lr)
 
     def common_rate(self, rung: str, arms: Sequence[str] = FOUR) -> float | None:
         """The rate of the lowest sum over the arms, among those that none lost; None where another rung has it."""

@@ -98,7 +98,7 @@ def _short_forward(QKV, OUT, ROWS, n, T, C, H, c, BLOCK: tl.constexpr, D: tl.con
     k_0 = _load(base + C, 0, T, 3 * C, BLOCK, D)
     v_0 = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
     q_0 = _load(base, 0, T, 3 * C, BLOCK, D)
-    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)  # all at once: memory is waited for a single time
+    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)  # each once, before anything is computed
     v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
     q_1 = _load(base, BLOCK, T, 3 * C, BLOCK, D)
     s = _diagonal(q_0, k_0, BLOCK)
@@ -136,7 +136,7 @@ def _short_backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: t
     """dV = P^T dY, dP = dY V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q, block by block.
 
     The row's sum is taken as it stands, not as that of y dy: y is rounded, and where attention is one-hot all of dS
-    would be that rounding. Registers are what this is short of, so blocks are done with early.
+    would be that rounding.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H * D
@@ -147,7 +147,7 @@ def _short_backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: t
     v_0 = _load(base + 2 * C, 0, T, 3 * C, BLOCK, D)
     q_0 = _load(base, 0, T, 3 * C, BLOCK, D)
     dy_0 = _load(grad, 0, T, C, BLOCK, D)
-    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)  # all at once: memory is waited for a single time
+    k_1 = _load(base + C, BLOCK, T, 3 * C, BLOCK, D)  # each once, before anything is computed
     v_1 = _load(base + 2 * C, BLOCK, T, 3 * C, BLOCK, D)
     q_1 = _load(base, BLOCK, T, 3 * C, BLOCK, D)
     dy_1 = _load(grad, BLOCK, T, C, BLOCK, D)
@@ -159,14 +159,14 @@ def _short_backward(GRAD, QKV, OUT, T, C, H, c, scale, BLOCK: tl.constexpr, D: t
     _store(out, tl.dot(ds, k_0), 0, T, 3 * C, BLOCK, D)
 
     p, p_1 = _softmax_of_two(tl.dot(q_1, tl.trans(k_0)), _diagonal(q_1, k_1, BLOCK), c)
-    _store(out + 2 * C, tl.dot(tl.trans(p.to(dy_0.dtype)), dy_1, dv_0), 0, T, 3 * C, BLOCK, D)
-    _store(out + 2 * C, tl.dot(tl.trans(p_1.to(dy_0.dtype)), dy_1), BLOCK, T, 3 * C, BLOCK, D)
+    _store(out + 2 * C, tl.dot(tl.trans(p.to(dy_1.dtype)), dy_1, dv_0), 0, T, 3 * C, BLOCK, D)
+    _store(out + 2 * C, tl.dot(tl.trans(p_1.to(dy_1.dtype)), dy_1), BLOCK, T, 3 * C, BLOCK, D)
     dp, dp_1 = tl.dot(dy_1, tl.trans(v_0)), tl.dot(dy_1, tl.trans(v_1))
     delta = tl.sum(p * dp, 1) + tl.sum(p_1 * dp_1, 1)
-    ds = (p_1 * (dp_1 - delta[:, None]) * scale).to(q_0.dtype)
+    ds = (p_1 * (dp_1 - delta[:, None]) * scale).to(q_1.dtype)
     _store(out + C, tl.dot(tl.trans(ds), q_1), BLOCK, T, 3 * C, BLOCK, D)
     dq = tl.dot(ds, k_1)
-    ds = (p * (dp - delta[:, None]) * scale).to(q_0.dtype)
+    ds = (p * (dp - delta[:, None]) * scale).to(q_1.dtype)
     _store(out + C, tl.dot(tl.trans(ds), q_1, dk_0), 0, T, 3 * C, BLOCK, D)
     _store(out, tl.dot(ds, k_0, dq), BLOCK, T, 3 * C, BLOCK, D)
 
