@@ -61,26 +61,14 @@ def _adamw(
         divisor, decay = tl.load(DIVISOR), 1.0 - lr * weight_decay
         if left >= BLOCK:
             _update(
-                weight, gradient, first, second, None, divisor, decay, rate, beta1, new1, beta2, new2, correction2, eps
-            )
+                weight, gradient, first, second, None, divisor, decay, rate, beta1, new1, beta2, new2, correction2, eps,
+            )  # fmt: skip
         else:
             inside = lanes < left
             _update(
-                weight,
-                gradient,
-                first,
-                second,
-                inside,
-                divisor,
-                decay,
-                rate,
-                beta1,
-                new1,
-                beta2,
-                new2,
-                correction2,
+                weight, gradient, first, second, inside, divisor, decay, rate, beta1, new1, beta2, new2, correction2,
                 eps,
-            )
+            )  # fmt: skip
 
 
 @triton.jit
