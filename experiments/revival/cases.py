@@ -52,6 +52,14 @@ def lost_of(**arms: Sequence[Record]) -> str:
     return "lost: " + ", ".join(f"{name} {text}" for name, text in found.items())
 
 
+def own_rate(view: View, rung: str, arm: str) -> str:
+    """An arm's own rate, for a table: 2e-3"""
+    rate = view.own_rate(rung, arm)
+    if rate is None or (len(view.tuning(rung, arm)) == 1 and not view.own(rung, arm)):
+        return "not chosen yet"
+    return words.rate_name(rate) + ("" if view.is_settled(rung, arm) else " (at the end of the ladder)")
+
+
 def absent(view: View, rung: str, arm: str) -> str:
     """Why an arm has no reported run."""
     tried = view.tuning(rung, arm)

@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 
 from revival import words
-from revival.cases import CASES, about, points
+from revival.cases import CASES, about, own_rate, points
 from revival.records import Record
-from revival.verdicts import PUBLISHED_GAP
+from revival.verdicts import PAIRS, PUBLISHED_GAP
 from revival.view import FOUR, View, overload, values
 
-PAIRS = (
-    ("ReLU \u2212 GELU, no block norms", "none", "relu", "gelu"),
-    ("ReLU \u2212 GELU, LayerNorm", "norms", "ln+relu", "ln+gelu"),
-)
 Runs = dict[str, Sequence[Record]]  # arm -> its reported runs
 
 
@@ -38,14 +34,12 @@ def _table(view: View, rung: str, prefix: str, own: Runs, published: dict[str, f
         columns += [f"lost at {rate}", f"loss at {rate}", f"overloaded heads at {rate} (%)"]
     rows = []
     for arm in FOUR:
-        rate = words.rate_name(own[arm][0]["lr"]) if own[arm] else words.DASH
-        rate += "" if view.is_settled(rung, prefix + arm) else " (at the end of the ladder)"
-        row = [words.arm_words(arm), words.lost_words(own[arm]), rate, *_levels(own[arm])]
+        row = [words.arm_words(arm), words.lost_words(own[arm]), own_rate(view, rung, prefix + arm), *_levels(own[arm])]
         for block in blocks[1:]:
             row += [words.lost_words(block[arm]), *_levels(block[arm])]
         rows.append(row)
     for name, norm, one, other in PAIRS:
-        row = [f"{name} (published: {words.signed(published[norm], 3)})"]
+        row = [f"ReLU {words.MINUS} GELU {name[0].lower()}{name[1:]} (published: {words.signed(published[norm], 3)})"]
         for i, block in enumerate(blocks):
             pair = block[one], block[other]
             row += [""] if i else ["", ""]

@@ -26,11 +26,11 @@ TITLES = {
     "G": "G. T = 256",
 }
 NOTES = {
-    "A2": "Added after rung A was seen, and so outside the method that was fixed before. Without norms a run fails at "
-    "twice its arm's best rate: where the two arms fail within one step of the ladder may then decide which is ahead. "
-    "So each arm's optimum is looked for once more, at rates a factor of \u221a2 below and above it. Rung A's runs of "
-    "the arm count here too, and its verdicts stay as they are. A run that fails like that ends above 6 nats, which is "
-    "below the unigram entropy: it counts as any other, and is not lost.",
+    "A2": "Added after rung A was seen, and so outside the method that was fixed before. Without norms the run that "
+    "chose rates fails at twice its arm's best one: where the two arms fail within one step of the ladder may then "
+    "decide which is ahead. So each arm's optimum is looked for once more, at rates a factor of \u221a2 below and "
+    "above it. Rung A's runs of the arm count here too, and its verdicts stay as they are. A run that fails like that "
+    "ends above 6 nats, which is below the unigram entropy: it counts as any other, and is not lost.",
     "B": "Pythia has biases in its feed-forward layers, and the original's GPT-2 has none: the arms of rung A have "
     "them, and the change is to take them away.",
     "C": "`faithful_prefix` is the published schedule stopped at a tenth; `tuned` has the length of rung A, so that "

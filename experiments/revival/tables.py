@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from revival import words
+from revival.cases import own_rate
 from revival.heads_table import summary
 from revival.records import Record, is_lost, numbers
 from revival.trace import LEFT
@@ -16,10 +17,9 @@ def results(view: View, rung: str, lr: float | None = None) -> list[str]:
     """One row an arm: what was lost, and what the others came to. `lr`: at this rate; None: at each arm's own."""
     rows = []
     for arm in view.arms(rung):
-        rate = view.own_rate(rung, arm) if lr is None else lr
-        records = [] if rate is None else view.reported(rung, arm, rate)
+        records = view.own(rung, arm) if lr is None else view.reported(rung, arm, lr)
         if records or lr is None:
-            rows.append(_row(view, rung, arm, rate, records, lr is None))
+            rows.append(_row(view, rung, arm, lr, records))
     if not rows:
         return ["Not run."]
     columns = (
@@ -35,18 +35,13 @@ def results(view: View, rung: str, lr: float | None = None) -> list[str]:
     return words.table([*columns, "heads overloaded (%)", "mean entropy (nats)", "tokens", "unique", "epochs"], rows)
 
 
-def _row(view: View, rung: str, arm: str, rate: float | None, records: Sequence[Record], own: bool) -> list[str]:
-    shown = "not chosen yet" if rate is None else words.rate_name(rate)
-    if own and not records and len(view.tuning(rung, arm)) == 1:
-        shown = "not chosen yet"
-    elif own and rate is not None and not view.is_settled(rung, arm):
-        shown += " (at the end of the ladder)"
+def _row(view: View, rung: str, arm: str, lr: float | None, records: Sequence[Record]) -> list[str]:
     nats = values(records)
     perplexity = math.exp(sum(nats.values()) / len(nats)) if nats else None
     first = records[0] if records else None
     return [
         words.arm_words(arm),
-        shown,
+        own_rate(view, rung, arm) if lr is None else words.rate_name(lr),
         words.lost_words(records),
         words.mean(nats),
         words.mean(values(records, "val_package_loss")),

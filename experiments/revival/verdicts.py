@@ -36,6 +36,10 @@ PUBLISHED_GAP = {
 # Percent of heads at or above three quarters of the ceiling, GPT-2 124M after 2.1 billion tokens, one seed.
 PUBLISHED_OVERLOAD = {"ln+gelu": 8, "ln+relu": 3, "gelu": 58, "relu": 23}
 AGAINST = "**This contradicts the paper**"
+PAIRS = (
+    ("Without block norms", "none", "relu", "gelu"),
+    ("With LayerNorm", "norms", "ln+relu", "ln+gelu"),
+)  # in words, in PUBLISHED_GAP, and the two arms
 
 
 def order(view: View) -> list[str]:
@@ -45,16 +49,15 @@ def order(view: View) -> list[str]:
         if not {prefix + arm for arm in FOUR} & set(view.arms(rung)):
             lines.append(f"{about(rung, prefix)}: not run.")
             continue
-        for norm, one, other in (("none", "relu", "gelu"), ("norms", "ln+relu", "ln+gelu")):
-            with_norms = "With LayerNorm" if norm == "norms" else "Without block norms"
-            head = f"{with_norms} ({about(rung, prefix)})"
+        for name, norm, one, other in PAIRS:
+            head = f"{name} ({about(rung, prefix)})"
             arms = {"ReLU": (rung, prefix + one), "GELU": (rung, prefix + other)}
             if missing := not_there(view, **arms):
                 lines.append(f"{head}: {missing}.")
                 continue
             gap = PUBLISHED_GAP[published][norm]
             chosen_on = {
-                name: ("A" if rung == "G" else arm[0], arm[1].removeprefix("t256:")) for name, arm in arms.items()
+                act: ("A" if rung == "G" else arm[0], arm[1].removeprefix("t256:")) for act, arm in arms.items()
             }
             pair = view.own(*arms["ReLU"]), view.own(*arms["GELU"])
             line = _order(view, head, *pair, gap, unsettled(view, **chosen_on))
