@@ -63,6 +63,7 @@ def perform(task: dict[str, Any], runs: Path, keep: bool, began: float | None = 
     record |= provenance(run) | trajectories(run) | {"bad_steps": bad_steps(run)}
     if torch.cuda.is_available():
         record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        torch.cuda.empty_cache()  # what training held, for cells beside this one
     trained = time.monotonic()
     record |= judged(run, task)
     record |= clock(

@@ -234,7 +234,8 @@ class Trainer:
 
     def evaluate(self, step: int, record: Record) -> None:
         micro = self.config.train.micro_batch_size or 1
-        self.last_val = evaluate_loss(self.model, self.eval_rows, micro, self.precision)
+        with self.model.fast_paths(self.fast):  # as in training: the logits of a whole micro-batch are never held
+            self.last_val = evaluate_loss(self.model, self.eval_rows, micro, self.precision)
         record.scalars(step, loss_metrics(self.last_val, self.bytes_per_token))
         try:
             ckpt.note_best(self.run_dir, step, self.last_val)

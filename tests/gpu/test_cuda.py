@@ -12,7 +12,9 @@ from normfree.diagnostics import Recorder, attention_entropy
 from normfree.measure import _position_losses
 from normfree.model import Transformer, init_weights
 from normfree.runs import load_run
+from normfree.training.loop import Trainer
 from normfree.training.optimizer import gradient_norms
+from normfree.training.record import Due
 
 pytestmark = pytest.mark.gpu
 CUDA = {"train.device": "cuda", "train.compile": False, "train.precision": "fp32"}
@@ -61,8 +63,6 @@ def test_a_step_never_waits_for_the_device(tiny, tmp_path):
     """Ten training steps, a record at each, under a mode in which any blocking transfer is an error."""
     from normfree.config import resolve, resolve_vocabulary
     from normfree.data.packing import prepare
-    from normfree.training.loop import Trainer
-    from normfree.training.record import Due
 
     config = resolve(tiny(**CUDA))
     corpus = prepare(config.data)
@@ -108,8 +108,6 @@ def test_the_host_runs_ahead_and_the_weights_are_exact(train_tiny, tiny, tmp_pat
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_deterministic_resume_is_bit_exact(train_tiny, monkeypatch, compiled):
-    from normfree.training.loop import Trainer
-
     settings = CUDA | {"train.deterministic": True, "train.compile": compiled, "train.precision": "bf16"}
     settings |= {"model.dropout.resid": 0.1, "model.norm": "none"}
     whole = train_tiny("whole", **settings)
@@ -154,3 +152,21 @@ def test_loss_by_position_takes_about_as_long_as_the_loss():
 
     with torch.no_grad():
         assert seconds(lambda: _position_losses(model, idx, targets)) < 20 * seconds(lambda: model(idx, targets))
+
+
+def test_evaluation_needs_no_more_memory_than_training(train_tiny, monkeypatch):
+    """A vocabulary that dwarfs the model: its logits are what there is to hold, 1.5 GiB in fp32."""
+    evaluate, peaks = Trainer.evaluate, []
+
+    def watched(self, step, record):
+        torch.cuda.synchronize()
+        trained = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        evaluate(self, step, record)
+        peaks.append((torch.cuda.max_memory_allocated(), trained))
+
+    monkeypatch.setattr(Trainer, "evaluate", watched)
+    large = {"model.vocab_size": 50304, "train.batch_size": 512, "train.max_steps": 2, "train.eval_every": 1}
+    train_tiny(**CUDA | large | {"train.precision": "bf16", "train.eval_tokens": 512 * 16})
+    assert all(here <= trained for here, trained in peaks[1:])
+    assert len(peaks) > 1

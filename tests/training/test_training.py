@@ -13,6 +13,7 @@ from normfree.cli import run_config
 from normfree.config import weights_hash
 from normfree.data.tokenizer import load_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, UserError
+from normfree.model.losses import CrossEntropy
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults
 from normfree.training.loop import Trainer
@@ -71,6 +72,24 @@ def test_evaluation_at_a_step_is_of_the_checkpoint_of_that_step(train_tiny):
     rows = evaluation_rows(prepare(run.config.data).tokens("val"), 16, 256, None)
     loss = evaluate_loss(load_model(path), rows, 8, "fp32")
     assert run.metrics.set_index("step").loc[step, "val/loss"] == loss
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_evaluation_takes_the_paths_that_training_takes(train_tiny, monkeypatch, fast):
+    """It took the plain one: logits of a whole micro-batch in fp32, which needed more memory than training did."""
+    evaluate, taken = Trainer.evaluate, []
+
+    def watched(self, step, record):
+        self.fast = fast
+        with monkeypatch.context() as patch:
+            patch.setattr(CrossEntropy, "__call__", lambda loss, *rest: taken.append(loss.fast) or plain(loss, *rest))
+            evaluate(self, step, record)
+        self.fast = False
+
+    plain = CrossEntropy.__call__
+    monkeypatch.setattr(Trainer, "evaluate", watched)
+    train_tiny()
+    assert set(taken) == {fast}
 
 
 def test_the_run_directory_is_complete(train_tiny):
