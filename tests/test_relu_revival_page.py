@@ -6,7 +6,7 @@ from typing import Any
 
 import fixtures.make_results as made
 import pytest
-from revival import figures_scale, front, report, verdicts
+from revival import figures_rates, figures_scale, front, report, verdicts
 from revival import records as store
 from revival.view import View, views
 
@@ -14,8 +14,9 @@ from revival.view import View, views
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page of some results; figures are drawn by another test."""
-    for name in ("maps", "loss_against_rate", "seeds", "heads", "trajectories"):
+    for name in ("maps", "seeds", "heads", "trajectories"):
         monkeypatch.setattr(report.figures, name, lambda *a: {})
+    monkeypatch.setattr(figures_rates, "loss_against_rate", lambda *a: {})
     monkeypatch.setattr(figures_scale, "mechanism", lambda *a: {})
     n = iter(range(99))
 
@@ -131,6 +132,34 @@ def test_no_panel_cuts_off_another_s_points(monkeypatch: pytest.MonkeyPatch, tmp
         assert low <= min(values) <= max(values) <= high
 
 
+def test_a_run_out_of_all_measure_leaves_the_others_their_scale(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    records = [made.make("A", arm, 1e-3, 1, 2.0) for arm in ("gelu", "ln+gelu")]
+    records += [
+        made.make("A", "relu", 1e-3, seed, 2.0, pre_activation_std=[[x, x]] * 3) for seed, x in ((1, 0.5), (2, 3e8))
+    ]
+    fig = report.figures.common.figure(6.75)
+    monkeypatch.setattr(figures_scale, "draw", lambda out, plot: plot(fig))
+    figures_scale.mechanism(View("short", "f00d", tuple(records)), "B", tmp_path)
+    spread = fig.axes[:3]
+    assert all(ax.get_ylim()[1] < 100 for ax in spread)
+    assert [[text.get_text() for text in ax.texts] for ax in spread] == [[], [], ["one goes to 3e8"]]
+
+
+def test_many_arms_have_a_panel_for_each_that_they_were_made_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fig = report.figures.common.figure(6.75)
+    monkeypatch.setattr(figures_rates, "draw", lambda out, plot, width: plot(fig))
+    arms = ("gelu+embed50", "gelu+depth", "relu+embed50", "relu+depth", "ln+gelu+embed22.627")
+    tried = [made.make("B", arm, lr, 101, 2.0, tuning=True) for arm in arms for lr in (1e-3, 2e-3)]
+    figures_rates.loss_against_rate(View("short", "f00d", (*made.rung_a(), *tried)), "B", tmp_path)
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in fig.axes]
+    assert [names[0] for names in legends] == ["LayerNorm + GELU (rung A)", "GELU (rung A)", "ReLU (rung A)"]
+    assert list(map(len, legends)) == [2, 3, 3]
+
+
 def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [record for record in made.rung_a(lost=("relu1", "relu2"), seeds=2) if "ln" not in record["arm"]]
     slopes = {"steps": [0, 100], "values": [[0.1, 0.1], [0.01, -0.01]]}
@@ -140,7 +169,7 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.
     view = View("short", "f00d", tuple(records))
     figures = report.figures
     monkeypatch.setattr(figures, "DPI", 60)
-    drawn = figures.maps(view, "A", tmp_path) | figures.loss_against_rate(view, "A", tmp_path)
+    drawn = figures.maps(view, "A", tmp_path) | figures_rates.loss_against_rate(view, "A", tmp_path)
     drawn |= figures.seeds(view, "A", tmp_path) | figures.heads(view, "A", tmp_path)
     drawn |= figures.trajectories(view, "D", tmp_path) | figures.trajectories(view, "E", tmp_path)
     mechanism = View("short", "f00d", (*records, *made.scaled(2.45, 2.44, seeds=1)))

@@ -75,6 +75,24 @@ def test_lost_runs_show_in_the_verdict_on_scale(arm: str) -> None:
     assert line.startswith("Preliminary")  # four pairs are left of the change
 
 
+def test_a_run_that_is_far_off_counts_and_is_named() -> None:
+    """One that learned next to nothing and is not lost decides a mean: the difference without it stands beside."""
+    records = made.scaled(2.45, 2.44)
+    alike = next(line for line in verdicts.scale(view_of(records)) if "embeddings x 50" in line)
+    assert "far off" not in alike
+    stuck = next(r for r in records if r["arm"].startswith("relu") and r["seed"] == 5 and not r["tuning"])
+    stuck["val_loss"] = 6.8
+    view = view_of(records)
+    line = next(line for line in verdicts.scale(view) if "embeddings x 50" in line)
+    before = alike.partition("GELU is ")[2].partition(" (n")[0]
+    assert "far off: ReLU, embeddings x 50's seed 5 at 6.800; without: " in line
+    assert line.partition("without: ")[2].startswith(before.partition(" ±")[0])
+    assert f"{before} (n = 5) nats" not in line
+    assert "(seed 5: 6.8000)" in " ".join(tables.results(view, "B"))
+    glance = next(row for row in front.at_a_glance(view) if row.startswith("| embeddings x 50"))
+    assert "(seed 5: 6.800)" in glance
+
+
 def test_an_order_that_turns_round_is_not_a_percentage() -> None:
     line = next(line for line in verdicts.scale(view_of(made.scaled(2.3, 2.6))) if "embeddings x 50" in line)
     assert "the order turns round" in line

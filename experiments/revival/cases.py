@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from revival import words
 from revival.records import Record
 from revival.statistics import Difference, difference
-from revival.view import QUARTERS, View, unlike
+from revival.view import QUARTERS, View, far_off, unlike
 
 CASES = (
     ("A", "", "Pythia-70M, T = 128"),
@@ -113,11 +113,26 @@ def splits(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """The difference on val and on val_package, and a word where the two do not agree."""
     val, package = view.gap(ours, theirs), view.gap(ours, theirs, "val_package_loss")
     text = f"{words.interval(val)} nats on val, {words.interval(package)} on val_package"
+    text += _without_far(view, ours, theirs)
     if val is None or package is None or val.mean * package.mean >= 0:
         return text
     told = val.sign * package.sign == -1
     more = "both told apart from 0" if told else "not both told apart from 0"
     return f"{text} (**the two splits disagree in sign**, {more})"
+
+
+def _without_far(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
+    """The difference without the seeds of which a run is far off, beside the one that counts them."""
+    pair = (ours, theirs)
+    gap = view.gap(*pair)
+    far = {(records[0]["arm"], seed): loss for records in pair if records for seed, loss in far_off(records).items()}
+    far = {key: loss for key, loss in far.items() if gap and key[1] in gap.points}
+    if not far:
+        return ""
+    seeds = {seed for _, seed in far}
+    rest = view.gap(*([r for r in records if r["seed"] not in seeds] for records in pair))
+    named = ", ".join(f"{words.arm_words(arm)}'s seed {seed} at {loss:.3f}" for (arm, seed), loss in far.items())
+    return f" (far off: {named}; without: {words.interval(rest)})"
 
 
 def points(gap: Difference | None) -> Difference | None:

@@ -1,7 +1,6 @@
 """The figures of docs/relu-revival.md, drawn by the scripts of plotting/ from run directories made of the results."""
 
 import json
-import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -186,39 +185,6 @@ def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
                 lambda f: nan_counts.plot(counted, f, kind=kind, site=site if kind == "nan" else "mlp"),
             )
     return drawn
-
-
-def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
-    """The tuning runs: one line an arm; a lost run is a cross at the top."""
-    tried = {arm: found for arm in view.arms(rung) if (found := view.tuning(rung, arm))}
-    if all(len(found) < 2 for found in tried.values()):
-        return {}
-
-    def plot(fig: Figure) -> None:
-        common.set_height(fig, 3.2 + 0.14 * len(tried))
-        ax = fig.subplots()
-        finite = [loss for found in tried.values() for loss in found.values() if math.isfinite(loss)]
-        top = max(finite, default=1.0) + 0.06 * (max(finite, default=1.0) - min(finite, default=0.0) or 1.0)
-        for i, (arm, found) in enumerate(tried.items()):
-            colour = common.COLOURS[i % len(common.COLOURS)]
-            kept = {lr: loss for lr, loss in found.items() if math.isfinite(loss)}
-            style = {"color": colour, "linestyle": common.line_style(i), "marker": "o", "ms": 3}
-            ax.plot(list(kept), list(kept.values()), label=words.arm_words(arm), **style)
-            gone = [lr * 1.03**i for lr in found if lr not in kept]  # side by side
-            ax.plot(gone, [top] * len(gone), "x", color=colour, ms=6, mew=1.6)
-        if not all(math.isfinite(loss) for found in tried.values() for loss in found.values()):
-            ax.plot([], [], "x", color=common.GREY, ms=6, mew=1.6, label="lost at this rate")
-        if not finite:
-            ax.set_yticks([])  # there are crosses alone, at no loss
-        ax.set_xscale("log")
-        ladder = sorted({lr for found in tried.values() for lr in found})
-        ax.set_xticks(ladder, [words.rate_name(lr) for lr in ladder])
-        ax.minorticks_off()
-        ax.set_xlabel("Peak learning rate")
-        ax.set_ylabel("Validation loss (nats per token)")
-        fig.legend(loc="outside lower left", ncols=2)
-
-    return {"rates": draw(folder / f"{stem(view, rung)}_rates.png", plot)}
 
 
 def seeds(view: View, rung: str, folder: Path) -> dict[str, Path]:

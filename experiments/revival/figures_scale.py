@@ -34,6 +34,7 @@ def mechanism(view: View, rung: str, folder: Path) -> dict[str, Path]:
         common.set_height(fig, 0.9 + 1.55 * rows)
         spread, left = fig.subfigures(2, 1, squeeze=False).ravel()
         _panels(spread, found, _spread, "std of pre-activations")
+        _same_scale(spread.axes)
         spread.legend(handles=spread.axes[0].get_lines()[:2], loc="outside lower center", ncols=2)
         _panels(left, found, _left, f"heads below {LEFT:g}\nof the ceiling (%)")
 
@@ -69,6 +70,21 @@ def _spread(ax: Axes, records: Sequence[Record]) -> None:
     ax.set_yscale("log")
     ax.set_xticks(layers)
     ax.set_xlabel("Layer")
+
+
+def _same_scale(axes: Sequence[Axes]) -> None:
+    """A run whose numbers grew out of all measure leaves the others their scale; how far it goes is said."""
+    ends = [line.get_ydata().max() for ax in axes for line in ax.get_lines()]
+    limit = 1e4 * float(np.median(ends))
+    kept = [end for end in ends if end <= limit]
+    if len(kept) == len(ends):
+        return
+    lowest = min(line.get_ydata().min() for ax in axes for line in ax.get_lines())
+    axes[0].set_ylim(lowest / 2, 2 * max(kept))
+    for ax in axes:
+        if beyond := [line.get_ydata().max() for line in ax.get_lines() if line.get_ydata().max() > limit]:
+            note = f"one goes to {max(beyond):.0e}".replace("e+0", "e")
+            ax.annotate(note, (0.97, 0.03), xycoords="axes fraction", ha="right", size=7)
 
 
 def _left(ax: Axes, records: Sequence[Record]) -> None:

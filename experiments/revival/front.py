@@ -6,18 +6,21 @@ from revival import words
 from revival.cases import CASES, about, own_rate, points
 from revival.records import Record
 from revival.verdicts import PAIRS, PUBLISHED_GAP
-from revival.view import FOUR, View, overload, values
+from revival.verdicts_scale import BOTH, GELU_ONLY
+from revival.view import FOUR, View, overload
 
 Runs = dict[str, Sequence[Record]]  # arm -> its reported runs
 
 
 def at_a_glance(view: View) -> list[str]:
-    """A table for each comparison of the four arms that has a reported run."""
+    """A table for each comparison of the four arms that has a reported run, and one of what was done to the scale."""
     lines = []
     for rung, prefix, published in CASES:
         own = {arm: view.own(rung, prefix + arm) for arm in FOUR}
         if any(own.values()):
             lines += [*_table(view, rung, prefix, own, PUBLISHED_GAP[published]), ""]
+    if any(view.own("B", arm) for arm in view.arms("B")):
+        lines += [*_scale(view), ""]
     return lines
 
 
@@ -48,6 +51,34 @@ def _table(view: View, rung: str, prefix: str, own: Runs, published: dict[str, f
     return words.table(columns, rows)
 
 
+def _scale(view: View) -> list[str]:
+    """Rung B: a row for each way to change the scale without norms, after rung A's as it is."""
+    columns = [
+        "Without block norms, at best rates",
+        "lost, ReLU",
+        "lost, GELU",
+        "loss, ReLU",
+        "loss, GELU",
+        f"ReLU {words.MINUS} GELU",
+    ]
+    columns += ["overloaded heads, ReLU (%)", "overloaded heads, GELU (%)"]
+    rows = [_compared(view, "nothing else changed (rung A)", ("A", "relu"), ("A", "gelu"))]
+    for change in (*BOTH, *GELU_ONLY):
+        relu = ("A", "relu") if change in GELU_ONLY else ("B", f"relu{change}")
+        name = words.arm_words(f"gelu{change}").partition(", ")[2] + (" (GELU alone)" if change in GELU_ONLY else "")
+        rows.append(_compared(view, name, relu, ("B", f"gelu{change}")))
+    return words.table(columns, rows)
+
+
+def _compared(view: View, name: str, relu: tuple[str, str], gelu: tuple[str, str]) -> list[str]:
+    one, other = view.own(*relu), view.own(*gelu)
+    lost = [words.lost_words(records) for records in (one, other)]
+    (loss, heads), (other_loss, other_heads) = _levels(one), _levels(other)
+    gap = view.gap(one, other)
+    told = words.interval(gap, 3) + (" preliminary" if gap and gap.preliminary else "")
+    return [name, *lost, loss, other_loss, told, heads, other_heads]
+
+
 def _levels(records: Sequence[Record]) -> list[str]:
     """Loss and percent of overloaded heads."""
-    return [words.mean(values(records), 3), words.mean(overload(records), 0, 100)]
+    return [words.losses(records, 3), words.mean(overload(records), 0, 100)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.records import write_atomically
-from revival import budget, figures, figures_scale, front, overview, tables, words
+from revival import budget, figures, figures_rates, figures_scale, front, overview, tables, words
 from revival.cases import CASES
 from revival.cells import PUBLISHED_T, SHORT_PYTHIA, Cell
 from revival.differences import differences
@@ -13,7 +13,7 @@ from revival.records import RESULTS
 from revival.study import Results
 from revival.tuning import REFINED
 from revival.verdicts import QUESTIONS
-from revival.view import SCALES, View, views
+from revival.view import FAR, SCALES, View, views
 
 TITLES = {
     "A": "A. Four arms at tuned rates, Pythia-70M's dimensions",
@@ -65,6 +65,8 @@ METHOD = """## Method, fixed before the runs
   the trainer gives up after 100 of them in a row is lost, and a run of rung D that is stopped at its first bad step is
   lost by that step. Where a run left out some and was not lost, a table says how many. Every table says how many of
   how many were lost, with the exact 95 % interval (Clopper and Pearson) in brackets; means are of the others.
+- **Far off** is a run that was not lost and ended more than {far:g} nat above its arm's median. It counts as any
+  other; the difference without its seed stands beside the one with it. (This was added after such a run was seen.)
 - **Rates** are chosen for each arm on seed 101, which is reported nowhere, by the loss on the first tokens of `val`.
   The optimum must be interior: a ladder whose best rate is at its end gets one more, four times at most; where the best
   rate is at the end all the same, the verdict says so. Losses at 25, 50 and 100 % of the run are the trainer's own, on
@@ -95,9 +97,9 @@ python experiments/relu_revival.py --report                        # this page
 ```
 
 Alone on an H200, a cell of rung A is expected to train for {training:.0f} of its {all:.0f} seconds; start, compilation
-and evaluation have the rest. With `--gpus 0,0,0` three cells share the GPU, and one trains while another starts; memory
-is no limit there. The long cells of rung C gain little by it. A budget is best spent in one call: towards its end no
-cell begins any more.
+and evaluation have the rest. With `--gpus 0,0,0` three cells share the GPU, and one trains while another starts: with
+five an H200 trains all the time, six have run out of its memory. The long cells of rung C gain little by it. A budget
+is best spent in one call: towards its end no cell begins any more.
 """
 
 
@@ -120,7 +122,7 @@ def write(out: Path, docs: Path) -> Path:
     """Draw the figures and write the page; returns its path."""
     folder = docs / "figures" / "relu_revival"
     found = views(out)
-    lines = [_intro(out), *overview.rungs(), *_answers(found), METHOD]
+    lines = [_intro(out), *overview.rungs(), *_answers(found), METHOD.format(far=FAR)]
     for view in found:
         lines += _scale(view, folder, docs)
     cell = SHORT_PYTHIA
@@ -223,7 +225,7 @@ def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
     """The pictures of a rung, drawn now."""
     drawn: list[tuple[str, Path]] = []
     T = next(record["T"] for record in view.records if record["rung"] == rung)
-    for name, path in figures.loss_against_rate(view, rung, folder).items():
+    for name, path in figures_rates.loss_against_rate(view, rung, folder).items():
         drawn.append((_caption(name), path))
     for prefix in (prefix for four, prefix, _ in CASES if four == rung):
         for name, path in figures.maps(view, rung, folder, prefix).items():

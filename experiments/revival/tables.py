@@ -43,7 +43,7 @@ def _row(view: View, rung: str, arm: str, lr: float | None, records: Sequence[Re
         words.arm_words(arm),
         own_rate(view, rung, arm) if lr is None else words.rate_name(lr),
         words.lost_words(records),
-        words.mean(nats),
+        words.losses(records),
         words.mean(values(records, "val_package_loss")),
         words.mean(values(records, "val_bits_per_byte")),
         words.mean(values(records, "val_package_bits_per_byte")),

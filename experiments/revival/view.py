@@ -93,9 +93,15 @@ class View:
         return paired({seed: value for seed, value in one.items() if seed not in apart}, other)
 
 
+def base_of(arm: str) -> str:
+    """Which of the four an arm was made of; empty where it is none of theirs."""
+    rest = arm.rpartition(":")[2]
+    return max((name for name in FOUR if rest.startswith(name)), key=len, default="")
+
+
 def _place(arm: str) -> tuple[str, int, str]:
     recipe, _, rest = arm.rpartition(":")
-    base = max((name for name in FOUR if rest.startswith(name)), key=len, default="")
+    base = base_of(arm)
     return recipe, FOUR.index(base) if base else len(FOUR), rest
 
 
@@ -130,6 +136,16 @@ def _value(record: Record, name: str) -> float | None:
         return float(is_overloaded(entropy, record["T"]).mean() if name == "overload" else np.nanmean(entropy))
     value = record["losses"].get(name) if name in QUARTERS else record.get(name)
     return None if value is None else float(value)  # float reads "NaN" and "Infinity"
+
+
+FAR = 1.0  # nats above its arm's median
+
+
+def far_off(records: Sequence[Record]) -> dict[int, float]:
+    """seed -> loss of the runs that were not lost and learned next to nothing beside others of their arm."""
+    nats = values(records)
+    limit = statistics.median(nats.values()) + FAR if nats else math.inf
+    return {seed: loss for seed, loss in nats.items() if loss > limit}
 
 
 def overload(records: Iterable[Record]) -> dict[int, float]:

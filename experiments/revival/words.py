@@ -6,7 +6,7 @@ from plotting.seeds import mean_interval
 from revival.records import Record
 from revival.statistics import Difference, binomial_interval
 from revival.tuning import rate_name as rate_name  # every module of the page says words.rate_name
-from revival.view import lost
+from revival.view import far_off, lost, values
 
 DASH = "-"
 TEXT = "tokens; unique; epochs"  # a column
@@ -69,6 +69,12 @@ def mean(samples: Mapping[int, float], digits: int = 4, factor: float = 1.0) -> 
         return DASH
     middle, half = mean_interval([factor * value for value in samples.values()])
     return f"{middle:.{digits}f}".replace("-", MINUS) + (f" ± {half:.{digits}f}" if len(samples) > 1 else "")
+
+
+def losses(records: Sequence[Record], digits: int = 4) -> str:
+    """Mean validation loss and its interval; runs that are far off stand beside it: 3.384 ± 2.375 (seed 5: 6.805)"""
+    far = ", ".join(f"seed {seed}: {loss:.{digits}f}" for seed, loss in far_off(records).items())
+    return mean(values(records), digits) + (f" ({far})" if far else "")
 
 
 def lost_words(records: Sequence[Record]) -> str:
