@@ -85,27 +85,28 @@ def train(a: argparse.Namespace, began: float) -> int:
 def dry_run(a: argparse.Namespace) -> int:
     """Every cell that can be trained now, its settings checked, and what is expected to follow."""
     fingerprint = place_of.known_fingerprint(a.scale)
+    lines = []
     if fingerprint is None:
-        print(f"The text of scale {a.scale} is known once it is prepared: until then no cell counts as done.")
+        lines.append(f"The text of scale {a.scale} is known once it is prepared: until then no cell counts as done.")
     records = [record for folder in (*a.known, options.out(a)) for record in store.read(folder, a.scale)]
     results = Results(records, fingerprint, options.seeds(a))
     check_patterns(a.scale, results, a.cells)
     found = plan(a.scale, results, a.cells)
     for cell in found.cells:
         config_of(cell)
-        print(f"{cell.name:44} {cell.settings}  {cell.recipe.tokens:>13,} tokens  {cell.recipe.seconds / 60:6.1f} min")
-    print_totals(found)
+        length = f"{cell.recipe.tokens:>13,} tokens  {cell.recipe.seconds / 60:6.1f} min"
+        lines.append(f"{cell.name:44} {cell.settings}  {length}")
+    print("\n".join([*lines, *totals(found)]))  # at once: whoever reads the first lines alone may close the pipe
     return EXIT_OK
 
 
-def print_totals(found: Plan) -> None:
-    print(
-        f"{len(found.done)} cells are done; {len(found.cells)} can be trained now: {found.seconds / 3600:.1f} GPU-hours"
-    )
-    for text in found.later:
-        print(f"later, at most {text}")
+def totals(found: Plan) -> list[str]:
+    hours = f"{found.seconds / 3600:.1f} GPU-hours"
+    lines = [f"{len(found.done)} cells are done; {len(found.cells)} can be trained now: {hours}"]
+    lines += [f"later, at most {text}" for text in found.later]
     for name, cells in found.impossible.items():
-        print(f"not possible, this version has no setting {name}: {', '.join(cell.name for cell in cells)}")
+        lines.append(f"not possible, this version has no setting {name}: {', '.join(cell.name for cell in cells)}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
