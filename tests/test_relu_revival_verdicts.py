@@ -93,6 +93,19 @@ def test_a_run_that_is_far_off_counts_and_is_named() -> None:
     assert "(seed 5: 6.800)" in glance
 
 
+def test_scale_at_a_glance_has_the_published_rate_too() -> None:
+    """Rung B has it on the tuning seed alone."""
+    records = made.scaled(2.45, 2.44)
+    for arm, losses in (("relu+embed50", (2.5, 2.6)), ("gelu+embed50", (2.6, 2.7))):
+        records += [made.make("B", arm, lr, TUNING_SEED, x) for lr, x in zip((1e-3, 2e-3), losses, strict=True)]
+    view = view_of(records)
+    assert view.common_rate("A") == 2e-3
+    columns, _, *rows = front.at_a_glance(view)[-10:-1]
+    assert columns.endswith("at 2e-3, seed 101 alone, on the tokens that choose rates |")
+    assert next(row for row in rows if row.startswith("| embeddings x 50")).endswith(" | \u22120.100 |")
+    assert next(row for row in rows if row.startswith("| depth-scaled")).endswith(" | - |")
+
+
 def test_an_order_that_turns_round_is_not_a_percentage() -> None:
     line = next(line for line in verdicts.scale(view_of(made.scaled(2.3, 2.6))) if "embeddings x 50" in line)
     assert "the order turns round" in line

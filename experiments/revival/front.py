@@ -1,14 +1,17 @@
 """The study at a glance: the tables that its page begins with, of which the README quotes the first."""
 
+import math
 from collections.abc import Sequence
 
 from revival import words
 from revival.cases import CASES, about, own_rate, points
+from revival.cells import TUNING_SEED
 from revival.records import Record
 from revival.verdicts import PAIRS, PUBLISHED_GAP
 from revival.verdicts_scale import BOTH, GELU_ONLY
 from revival.view import FOUR, View, overload
 
+Arm = tuple[str, str]  # rung, arm
 Runs = dict[str, Sequence[Record]]  # arm -> its reported runs
 
 
@@ -53,30 +56,31 @@ def _table(view: View, rung: str, prefix: str, own: Runs, published: dict[str, f
 
 def _scale(view: View) -> list[str]:
     """Rung B: a row for each way to change the scale without norms, after rung A's as it is."""
-    columns = [
-        "Without block norms, at best rates",
-        "lost, ReLU",
-        "lost, GELU",
-        "loss, ReLU",
-        "loss, GELU",
-        f"ReLU {words.MINUS} GELU",
-    ]
+    gap, common = f"ReLU {words.MINUS} GELU", view.common_rate("A")
+    columns = ["Without block norms, at best rates", "lost, ReLU", "lost, GELU", "loss, ReLU", "loss, GELU", gap]
     columns += ["overloaded heads, ReLU (%)", "overloaded heads, GELU (%)"]
-    rows = [_compared(view, "nothing else changed (rung A)", ("A", "relu"), ("A", "gelu"))]
+    if common is not None:
+        columns.append(f"{gap} at {words.rate_name(common)}, seed {TUNING_SEED} alone, on the tokens that choose rates")
+    rows = [_compared(view, "nothing else changed (rung A)", ("A", "relu"), ("A", "gelu"), common)]
     for change in (*BOTH, *GELU_ONLY):
         relu = ("A", "relu") if change in GELU_ONLY else ("B", f"relu{change}")
         name = words.arm_words(f"gelu{change}").partition(", ")[2] + (" (GELU alone)" if change in GELU_ONLY else "")
-        rows.append(_compared(view, name, relu, ("B", f"gelu{change}")))
+        rows.append(_compared(view, name, relu, ("B", f"gelu{change}"), common))
     return words.table(columns, rows)
 
 
-def _compared(view: View, name: str, relu: tuple[str, str], gelu: tuple[str, str]) -> list[str]:
+def _compared(view: View, name: str, relu: Arm, gelu: Arm, common: float | None) -> list[str]:
     one, other = view.own(*relu), view.own(*gelu)
     lost = [words.lost_words(records) for records in (one, other)]
     (loss, heads), (other_loss, other_heads) = _levels(one), _levels(other)
     gap = view.gap(one, other)
     told = words.interval(gap, 3) + (" preliminary" if gap and gap.preliminary else "")
-    return [name, *lost, loss, other_loss, told, heads, other_heads]
+    row = [name, *lost, loss, other_loss, told, heads, other_heads]
+    if common is None:
+        return row
+    tried = [view.tuning(*arm).get(common) for arm in (relu, gelu)]
+    at_common = [loss for loss in tried if loss is not None and math.isfinite(loss)]
+    return [*row, words.signed(at_common[0] - at_common[1], 3) if len(at_common) == 2 else words.DASH]
 
 
 def _levels(records: Sequence[Record]) -> list[str]:
