@@ -6,7 +6,7 @@ from typing import Any
 
 import fixtures.make_results as made
 import pytest
-from revival import figures_rates, figures_scale, front, report, verdicts
+from revival import figures_rates, figures_scale, figures_seeds, front, report, verdicts
 from revival import records as store
 from revival.view import View, views
 
@@ -14,9 +14,10 @@ from revival.view import View, views
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page of some results; figures are drawn by another test."""
-    for name in ("maps", "seeds", "heads", "trajectories"):
+    for name in ("maps", "heads", "trajectories"):
         monkeypatch.setattr(report.figures, name, lambda *a: {})
     monkeypatch.setattr(figures_rates, "loss_against_rate", lambda *a: {})
+    monkeypatch.setattr(figures_seeds, "seeds", lambda *a: {})
     monkeypatch.setattr(figures_scale, "mechanism", lambda *a: {})
     n = iter(range(99))
 
@@ -25,6 +26,20 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return report.write(made.save(records, folder, scale), folder / "docs").read_text(encoding="utf-8")
 
     return write
+
+
+def keep_figures(monkeypatch: pytest.MonkeyPatch, *drawers: Any) -> list[Any]:
+    """The figures that these modules draw, in order, instead of files."""
+    drawn: list[Any] = []
+
+    def draw(out: Path, plot: Any, width: float = 6.75) -> Path:
+        drawn.append(report.figures.common.figure(width))
+        plot(drawn[-1])
+        return out
+
+    for drawer in drawers:
+        monkeypatch.setattr(drawer, "draw", draw)
+    return drawn
 
 
 def test_the_verdicts_follow_from_the_numbers(page: Any) -> None:
@@ -36,7 +51,7 @@ def test_the_verdicts_follow_from_the_numbers(page: Any) -> None:
     assert "GELU's overload is there" in text
     assert "Preliminary" not in text.split("## Method")[0]
     assert "lost: 0 of 5 (0 to 52 %) each" in text
-    assert "52.4 million tokens (60.0 million unique, 0.87 epochs)" in text
+    assert "52.4 million tokens (0.87 epochs of 60.0 million)" in text
     assert "At the common rate, 2e-3: " not in text  # rung A's runs at it are not there
     assert (
         "(added after rung A was seen); GPT-2 124M, T = 128, the published schedule's first tenth; GPT-2 124M" in text
@@ -59,7 +74,7 @@ def test_a_result_against_the_paper_is_said(page: Any) -> None:
         if record["arm"] == "relu" and not record["tuning"]:
             record["val_loss"] += 0.3
     assert "GELU beats ReLU" in (text := page(records))
-    assert "**This contradicts the paper**" in text
+    assert "**At rates tuned for each arm this contradicts the paper**" in text
 
 
 @pytest.mark.parametrize("part", [0, 3, 20, 27])
@@ -67,7 +82,9 @@ def test_the_page_can_be_made_of_any_part(page: Any, part: int) -> None:
     text = page(made.rung_a()[:part])
     assert "not run" in text.lower()
     assert "rung D: 10 runs" in text
-    assert "| B | Is it the scale of the input? | Pythia-70M's dimensions | 128 |" in text
+    assert (
+        "| B | Is it scale, of the embeddings or of the activation's input? | Pythia-70M's dimensions | 128 |" in text
+    )
     assert "--report --out /" in text
     assert "experiments/results" not in text.partition("**Question.**")[0]
     assert "`experiments/results/relu_revival/`" in report._intro(store.RESULTS)
@@ -78,7 +95,7 @@ def test_little_models_are_called_so(page: Any) -> None:
     assert "Not run: there is no result of scale short or full yet." in text
     assert "### Four arms of a nano model, at one rate" in text
     assert "Pythia-70M's dimensions" not in text.partition("## Results")[2]
-    assert report._caption("maps", 64) == "Entropy of every head at the end"
+    assert report._caption("maps", 64) == "Entropy of every head at the end, one seed"
 
 
 def test_texts_are_never_mixed(tmp_path: Path) -> None:
@@ -119,14 +136,13 @@ def test_no_panel_cuts_off_another_s_points(monkeypatch: pytest.MonkeyPatch, tmp
     heads = {"uniform": [[0.5, 2.0], [-0.01, 0.0]], "mean": [[-3.0, 0.0], [0.0, 0.0]]}
     records = [made.make("A", arm, 1e-3, 1, 2.0, 0.5) for arm in ("gelu", "ln+gelu")]
     records.append(made.make("A", "relu", 1e-3, 1, 2.0, 1.0, heads=heads, pre_activation_std=[[50.0, 90.0]] * 3))
-    view, fig = View("short", "f00d", tuple(records)), figures.common.figure(6.75)
-    for drawer in (figures, figures_scale):
-        monkeypatch.setattr(drawer, "draw", lambda out, plot: plot(fig))
+    view, drawn = View("short", "f00d", tuple(records)), keep_figures(monkeypatch, figures, figures_scale)
     figures.heads(view, "A", tmp_path)
-    assert all(ax.get_xlim()[1] >= 1.04 for ax in fig.axes)
+    assert all(ax.get_xlim()[1] >= 1.04 for ax in drawn[0].axes)
     figures_scale.mechanism(view, "B", tmp_path)
-    assert len(fig.axes) == 3 + 2 * 3
-    for ax in fig.axes:
+    axes = [ax for fig in drawn for ax in fig.axes]
+    assert len(axes) == 3 + 2 * 3
+    for ax in axes:
         low, high = ax.get_ylim()
         values = [y for line in ax.get_lines() for y in line.get_ydata()]
         assert low <= min(values) <= max(values) <= high
@@ -139,10 +155,9 @@ def test_a_run_out_of_all_measure_leaves_the_others_their_scale(
     records += [
         made.make("A", "relu", 1e-3, seed, 2.0, pre_activation_std=[[x, x]] * 3) for seed, x in ((1, 0.5), (2, 3e8))
     ]
-    fig = report.figures.common.figure(6.75)
-    monkeypatch.setattr(figures_scale, "draw", lambda out, plot: plot(fig))
+    drawn = keep_figures(monkeypatch, figures_scale)
     figures_scale.mechanism(View("short", "f00d", tuple(records)), "B", tmp_path)
-    spread = fig.axes[:3]
+    spread = drawn[0].axes
     assert all(ax.get_ylim()[1] < 100 for ax in spread)
     assert [[text.get_text() for text in ax.texts] for ax in spread] == [[], [], ["one goes to 3e8"]]
 
@@ -150,12 +165,11 @@ def test_a_run_out_of_all_measure_leaves_the_others_their_scale(
 def test_many_arms_have_a_panel_for_each_that_they_were_made_of(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fig = report.figures.common.figure(6.75)
-    monkeypatch.setattr(figures_rates, "draw", lambda out, plot, width: plot(fig))
+    drawn = keep_figures(monkeypatch, figures_rates)
     arms = ("gelu+embed50", "gelu+depth", "relu+embed50", "relu+depth", "ln+gelu+embed22.627")
     tried = [made.make("B", arm, lr, 101, 2.0, tuning=True) for arm in arms for lr in (1e-3, 2e-3)]
     figures_rates.loss_against_rate(View("short", "f00d", (*made.rung_a(), *tried)), "B", tmp_path)
-    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in fig.axes]
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in drawn[0].axes]
     assert [names[0] for names in legends] == ["LayerNorm + GELU (rung A)", "GELU (rung A)", "ReLU (rung A)"]
     assert list(map(len, legends)) == [2, 3, 3]
 
@@ -170,7 +184,7 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.
     figures = report.figures
     monkeypatch.setattr(figures, "DPI", 60)
     drawn = figures.maps(view, "A", tmp_path) | figures_rates.loss_against_rate(view, "A", tmp_path)
-    drawn |= figures.seeds(view, "A", tmp_path) | figures.heads(view, "A", tmp_path)
+    drawn |= figures_seeds.seeds(view, "A", tmp_path) | figures.heads(view, "A", tmp_path)
     drawn |= figures.trajectories(view, "D", tmp_path) | figures.trajectories(view, "E", tmp_path)
     mechanism = View("short", "f00d", (*records, *made.scaled(2.45, 2.44, seeds=1)))
     drawn |= figures_scale.mechanism(mechanism, "B", tmp_path)
@@ -180,7 +194,7 @@ def test_figures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.
     titles = figures._measured_on("GELU\nprobe\nbatch, step 800"), figures._measured_on("train batch, step 32260")
     assert titles == ("GELU\ntokens\nof val, step 800", "2.1 billion tokens")
     assert all(path.name.startswith("short_f00d_") for path in drawn.values())
-    assert set(drawn) == {"maps", "ranges", "layers", "rates", "seeds", "heads", "nan", "slopes", "scale"}
+    assert set(drawn) == {"maps", "ranges", "layers", "rates", "seeds", "heads", "nan", "slopes", "spread", "left"}
     assert all(path.stat().st_size > 2000 for path in drawn.values())
     assert figures.maps(view, "C", tmp_path) == {}
 

@@ -40,12 +40,10 @@ def _measured(ran: Sequence[Record]) -> tuple[str, str, str]:
         return "none finished" if ran else "not run", words.DASH, words.DASH
     minutes = statistics.median(r["seconds"] for r in done) / 60
     parts = [statistics.median(r["clock"][name] for r in done) for name in PARTS]
-    devices = ", ".join(dict.fromkeys(map(_device, done)))
-    return f"{minutes:.2f} (n = {len(done)})", ", ".join(f"{part:.0f}" for part in parts), devices
-
-
-def _device(record: Record) -> str:
-    return str(record["device"]) + (f", {record['workers']} cells at a time" if record["workers"] > 1 else "")
+    devices = ", ".join(dict.fromkeys(str(r["device"]) for r in done))
+    least, most = min(r["workers"] for r in done), max(r["workers"] for r in done)
+    together = "" if most == 1 else f", {most if least == most else f'{least} to {most}'} cells at a time"
+    return f"{minutes:.2f} (n = {len(done)})", ", ".join(f"{part:.0f}" for part in parts), devices + together
 
 
 def _lost(ran: Sequence[Record]) -> str:

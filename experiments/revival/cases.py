@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from revival import words
+from revival.cells import TUNING_SEED
 from revival.records import Record
 from revival.statistics import Difference, difference
-from revival.view import QUARTERS, View, far_off, unlike
+from revival.view import FAR, QUARTERS, View, far_off, unlike, values
 
 CASES = (
     ("A", "", "Pythia-70M, T = 128"),
@@ -33,10 +34,10 @@ def about(rung: str, prefix: str) -> str:
 
 
 def tokens_of(records: Sequence[Record]) -> str:
-    """52.4 million tokens (99.1 million unique, 0.53 epochs)"""
+    """52.4 million tokens (0.53 epochs of 99.1 million)"""
     first = records[0]
     text = f"{words.millions(first['planned_tokens'])} tokens"
-    return f"{text} ({words.millions(first['unique_tokens'])} unique, {first['epochs']:.2f} epochs)"
+    return f"{text} ({first['epochs']:.2f} epochs of {words.millions(first['unique_tokens'])})"
 
 
 def preliminary(*gaps: Difference | None) -> str:
@@ -94,6 +95,22 @@ def unsettled(view: View, **arms: tuple[str, str]) -> str:
     )
 
 
+def next_rates(view: View, **arms: tuple[str, str]) -> str:
+    """`name`: (rung, arm). How seeds differ, and which arms fail at the next rate up, for the end of a sentence."""
+    nats = {name: values(view.own(*arm)).values() for name, arm in arms.items()}
+    spread = [f"{name}'s by {max(found) - min(found):.3f}" for name, found in nats.items() if len(found) > 1]
+    failed = []
+    for name, arm in arms.items():
+        tried, best = view.tuning(*arm), view.own_rate(*arm)
+        above = min((lr for lr in tried if best is not None and lr > best), default=None)
+        if above is not None and tried[above] > tried[best] + FAR:
+            failed.append(f"{name} at {words.rate_name(above)}")
+    text = f"; seeds differ: {', '.join(spread)}" if spread else ""
+    if failed:
+        text += f"; at the next rate up seed {TUNING_SEED} fails ({', '.join(failed)}): what lies between may matter"
+    return text
+
+
 def not_paired(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """The seeds that are left out of a pair of arms because their runs are not alike, for the end of a sentence."""
     seeds = unlike(ours, theirs)
@@ -113,7 +130,7 @@ def splits(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """The difference on val and on val_package, and a word where the two do not agree."""
     val, package = view.gap(ours, theirs), view.gap(ours, theirs, "val_package_loss")
     text = f"{words.interval(val)} nats on val, {words.interval(package)} on val_package"
-    text += _without_far(view, ours, theirs)
+    text += without_far(view, ours, theirs)
     if val is None or package is None or val.mean * package.mean >= 0:
         return text
     told = val.sign * package.sign == -1
@@ -121,18 +138,23 @@ def splits(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     return f"{text} (**the two splits disagree in sign**, {more})"
 
 
-def _without_far(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
-    """The difference without the seeds of which a run is far off, beside the one that counts them."""
+def without_far(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
+    """The difference without the seeds of which a run is far off, beside the one that counts them; and far-off runs
+    that are in no pair.
+    """
     pair = (ours, theirs)
     gap = view.gap(*pair)
     far = {(records[0]["arm"], seed): loss for records in pair if records for seed, loss in far_off(records).items()}
-    far = {key: loss for key, loss in far.items() if gap and key[1] in gap.points}
-    if not far:
-        return ""
-    seeds = {seed for _, seed in far}
-    rest = view.gap(*([r for r in records if r["seed"] not in seeds] for records in pair))
-    named = ", ".join(f"{words.arm_words(arm)}'s seed {seed} at {loss:.3f}" for (arm, seed), loss in far.items())
-    return f" (far off: {named}; without: {words.interval(rest)})"
+    named = {key: f"{words.arm_words(key[0])}'s seed {key[1]} at {loss:.3f}" for key, loss in far.items()}
+    paired = {seed for _, seed in far if gap and seed in gap.points}
+    parts = []
+    if paired:
+        rest = view.gap(*([r for r in records if r["seed"] not in paired] for records in pair))
+        listed = ", ".join(text for (_, seed), text in named.items() if seed in paired)
+        parts.append(f"far off: {listed}; without: {words.interval(rest)}")
+    if alone := [text for (_, seed), text in named.items() if seed not in paired]:
+        parts.append(f"far off and in no pair: {', '.join(alone)}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def points(gap: Difference | None) -> Difference | None:

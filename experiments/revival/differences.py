@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from revival import words
-from revival.cases import CASES
+from revival.cases import CASES, without_far
 from revival.records import Record
 from revival.verdicts_scale import BOTH, CONTROL, DEPTH, DEVIATIONS, GELU_ONLY
-from revival.view import QUARTERS, View, unlike
+from revival.view import QUARTERS, View, base_of, unlike
 
 OWN, COMMON, SAME = "own best rate", "common rate", "the base's rate"
 PAIRS = (("relu", "gelu"), ("ln+relu", "ln+gelu"), ("gelu", "ln+gelu"), ("relu", "ln+relu"))
@@ -36,7 +36,7 @@ def _four(view: View, rung: str) -> Iterator[Pair]:
 
 
 def _mechanism(view: View, rung: str) -> Iterator[Pair]:
-    """ReLU against GELU at each scale, then each arm against its base on rung A."""
+    """ReLU against GELU at each scale, each arm against its base on rung A, scaled embeddings against norms."""
     for variant in (*BOTH, *GELU_ONLY):
         source, relu = ("A", "relu") if variant in GELU_ONLY else ("B", f"relu{variant}")
         yield relu, f"gelu{variant}", OWN, view.own(source, relu), view.own("B", f"gelu{variant}")
@@ -44,6 +44,9 @@ def _mechanism(view: View, rung: str) -> Iterator[Pair]:
     for arm in (*variants, CONTROL):
         base = next(name for name in ("ln+gelu", "gelu", "relu") if arm.startswith(name))
         yield arm, base, OWN, view.own("B", arm), view.own("A", base)
+    for arm in (f"{act}{variant}" for variant in BOTH if variant.startswith("+embed") for act in ("gelu", "relu")):
+        normed = f"ln+{base_of(arm)}"
+        yield arm, normed, OWN, view.own("B", arm), view.own("A", normed)
 
 
 def _slopes(view: View, rung: str) -> Iterator[Pair]:
@@ -76,7 +79,7 @@ def _row(view: View, one: str, other: str, rates: str, ours: Sequence[Record], t
         rates,
         "; ".join(words.lost_words(records) for records in (ours, theirs)),
         words.text_of(ours),
-        words.interval(gap) + (" preliminary" if gap and gap.preliminary else ""),
+        words.interval(gap) + (" preliminary" if gap and gap.preliminary else "") + without_far(view, ours, theirs),
         points + apart,
         words.interval(view.gap(ours, theirs, "val_package_loss")),
         *(words.interval(view.gap(ours, theirs, quarter)) for quarter in QUARTERS),

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from normfree.config import Config
 from normfree.heads import OVERLOADED
@@ -19,10 +20,11 @@ from revival import words
 from revival.cells import PUBLISHED_STEPS, PUBLISHED_T
 from revival.heads_table import costs
 from revival.records import Record, is_lost, numbers
-from revival.view import FOUR, View, values
+from revival.view import FOUR, View
 
 PUBLISHED = Path(__file__).parents[2] / "tests" / "fixtures" / "paper_heatmaps.json"
 NAMES = {"ln+gelu": "SM+LN+G", "ln+relu": "SM+LN+R", "gelu": "SM+G", "relu": "SM+R"}  # the papers' names of the arms
+REPLACED = (("mean", common.COLOURS[1], "^"), ("uniform", common.COLOURS[0], "o"))  # kind, colour, marker
 WIDE = 8.2  # inches: four maps side by side
 
 
@@ -156,8 +158,10 @@ def _ranges(fig: Figure, ours: Sequence[Run], theirs: Sequence[Run]) -> None:
     """Ours above, the published bars below; named as in `_maps`."""
     parts = [runs for runs in (ours, theirs) if runs]
     common.set_height(fig, 3.2 * len(parts))
-    for part, runs in zip(fig.subfigures(len(parts), 1, squeeze=False).ravel(), parts, strict=True):
+    panels = fig.subfigures(len(parts), 1, squeeze=False).ravel()
+    for part, runs in zip(panels, parts, strict=True):
         entropy_ranges.plot(runs, part)
+        part.axes[0].sharey(panels[0].axes[0])
         for text in part.legends[0].get_texts():
             text.set_text(_measured_on(text.get_text()))
 
@@ -187,28 +191,6 @@ def trajectories(view: View, rung: str, folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def seeds(view: View, rung: str, folder: Path) -> dict[str, Path]:
-    """Every seed's loss at each arm's own rate; a lost run is a cross at the top."""
-    found = {arm: view.own(rung, arm) for arm in view.arms(rung) if view.own(rung, arm)}
-    if not any(values(records) for records in found.values()):
-        return {}
-
-    def plot(fig: Figure) -> None:
-        common.set_height(fig, 0.9 + 0.26 * len(found))
-        ax = fig.subplots()
-        worst = max(loss for records in found.values() for loss in values(records).values())
-        for i, records in enumerate(found.values()):
-            kept = list(values(records).values())
-            gone = sum(map(is_lost, records))
-            ax.plot(kept, [i] * len(kept), "o", color=common.COLOURS[0], ms=4, alpha=0.6)
-            ax.plot([worst * 1.01 + 0.002 * worst * j for j in range(gone)], [i] * gone, "x", color=common.COLOURS[1])
-        ax.set_yticks(range(len(found)), [words.arm_words(arm) for arm in found])
-        ax.invert_yaxis()
-        ax.set_xlabel("Validation loss (nats per token): a point a seed, a cross a lost run")
-
-    return {"seeds": draw(folder / f"{stem(view, rung)}_seeds.png", plot)}
-
-
 def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
     """Cost of replacing a head's attention by uniform attention, against the head's level; all seeds of an arm."""
     found = {}
@@ -229,14 +211,16 @@ def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
                 ax.sharey(axes[0])  # before it is drawn: shared limits then hold the points of all panels
             ax.axvspan(OVERLOADED, 1, color="0.94", zorder=0)
             ax.axhline(0, color="k", linewidth=0.6, zorder=0)
-            for kind, colour in (("mean", common.COLOURS[1]), ("uniform", common.COLOURS[0])):
-                ax.plot(cost.level, getattr(cost, kind), "o", ms=2, color=colour, alpha=0.6, label=kind)
+            for kind, colour, mark in REPLACED:
+                ax.plot(cost.level, getattr(cost, kind), mark, ms=2.5, mfc="none", mew=0.6, color=colour, alpha=0.7)
             ax.set_yscale("symlog", linthresh=1e-3)
             ax.set_xlim(-0.05, 1.05)  # whole points at both ends
             ax.set_title(common.wrapped(words.arm_words(arm), 6.75 / columns - 0.4))
             if i % columns == 0:
                 ax.set_ylabel("Change of loss (nats)")
             ax.set_xlabel("Entropy / ceiling")
-        fig.legend(handles=axes[0].get_lines()[-2:], loc="outside lower right", ncols=2)
+        names = {"uniform": "uniform attention", "mean": "its own mean over other sequences"}
+        handles = [Line2D([], [], color=c, marker=mark, ls="", mfc="none", label=names[k]) for k, c, mark in REPLACED]
+        fig.legend(handles=handles, loc="outside lower right", ncols=2, title="in the place of a head's attention")
 
     return {"heads": draw(folder / f"{stem(view, rung)}_heads.png", plot)}

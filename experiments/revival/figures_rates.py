@@ -7,18 +7,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from plotting import common
 from revival import words
+from revival.cells import TUNING_SEED
 from revival.figures import WIDE, draw, stem
-from revival.view import FOUR, View, base_of
+from revival.view import FAR, FOUR, View, base_of
 
 Line = Mapping[float, float]  # rate -> loss, infinite where the run was lost
 
 
 def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
-    """One line an arm; a lost run is a cross at the top. Many arms have a panel for each of the four that they were
-    made of, with that one's line of rung A in grey.
+    """One line an arm. Runs that were lost are crosses at the top, runs that hardly learned are triangles, so that the
+    others keep their scale. Many arms have a panel for each of the four that they were made of, with that one's line of
+    rung A in grey.
     """
     tried = {arm: found for arm in view.arms(rung) if (found := view.tuning(rung, arm))}
     if all(len(found) < 2 for found in tried.values()):
@@ -26,10 +29,15 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
     many = len(tried) > len(FOUR)
     panels: dict[str, dict[str, Line]] = {}
     for arm, found in tried.items():
-        panels.setdefault(base_of(arm) if many else "", {})[arm] = found
-    losses = [loss for found in tried.values() for loss in found.values()]
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    top = max(finite, default=1.0) + 0.06 * (max(finite, default=1.0) - min(finite, default=0.0) or 1.0)
+        base = base_of(arm) if many else ""
+        before = view.tuning("A", base) if base else {}
+        panel = panels.setdefault(base, {f"{words.arm_words(base)} (rung A)": before} if before else {})
+        panel[words.arm_words(arm)] = found
+    limit = 2 * FAR + min((loss for found in tried.values() for loss in found.values()), default=0.0)
+    drawn = [loss for arms in panels.values() for found in arms.values() for loss in found.values()]
+    inside = [loss for loss in drawn if loss <= limit]
+    room = 0.06 * (max(inside, default=1.0) - min(inside, default=0.0) or 1.0)
+    edge = max(inside, default=1.0) + room  # above it are marks, not losses
 
     def plot(fig: Figure) -> None:
         common.set_height(fig, 3.2 + 0.14 * max(map(len, panels.values())))
@@ -37,32 +45,41 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
         for ax, (base, arms) in zip(axes, panels.items(), strict=True):
             if ax is not axes[0]:
                 ax.sharey(axes[0])
-            before = view.tuning("A", base) if base else {}
-            if before:
-                _line(ax, f"{words.arm_words(base)} (rung A)", before, top, 0, color=common.GREY)
-            for i, (arm, found) in enumerate(arms.items()):
-                colour = common.COLOURS[i % len(common.COLOURS)]
-                _line(ax, words.arm_words(arm), found, top, i, color=colour, linestyle=common.line_style(i))
-            _finish(ax, sorted({lr for found in (*arms.values(), before) for lr in found}))
-        if not all(map(math.isfinite, losses)):
-            axes[0].plot([], [], "x", color=common.GREY, ms=6, mew=1.6, label="lost at this rate")
-        if not finite:
-            axes[0].set_yticks([])  # there are crosses alone, at no loss
-        axes[0].set_ylabel("Validation loss (nats per token)")
+            for i, (name, found) in enumerate(arms.items()):
+                grey = bool(base) and name.endswith("(rung A)")
+                colour = common.GREY if grey else common.COLOURS[(i - bool(base)) % len(common.COLOURS)]
+                style = {"color": colour, "linestyle": common.line_style(i)}
+                _line(ax, name, found, limit, edge + room, (i + 0.5) / len(arms), style)
+            _finish(ax, sorted({lr for found in arms.values() for lr in found}))
+        axes[0].set_ylabel(f"Validation loss, seed {TUNING_SEED} (nats per token)")
+        if len(inside) < len(drawn):
+            axes[0].set_yticks([tick for tick in axes[0].get_yticks() if inside and min(inside) - room < tick < edge])
+            for ax in axes:
+                ax.axhline(edge, color="0.8", linewidth=0.6, linestyle=":")
         for ax in axes if many else ():
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        if not many:
-            fig.legend(loc="outside lower left", ncols=2)
+        names = [] if many else axes[0].get_legend_handles_labels()[0]
+        fig.legend(handles=names + _marks(drawn, limit), loc="outside lower left", ncols=2)
 
     return {"rates": draw(folder / f"{stem(view, rung)}_rates.png", plot, WIDE if many else common.WIDTHS[1])}
 
 
-def _line(ax: Axes, label: str, found: Line, top: float, place: int, **style: Any) -> None:
-    """`place`: of this line among the others; crosses at one rate stand side by side."""
-    kept = {lr: loss for lr, loss in found.items() if math.isfinite(loss)}
+def _line(ax: Axes, label: str, found: Line, limit: float, top: float, place: float, style: Mapping[str, Any]) -> None:
+    """`place`: of this line among the others, 0 to 1; marks at one rate stand side by side."""
+    kept = {lr: loss for lr, loss in found.items() if loss <= limit}
     ax.plot(list(kept), list(kept.values()), label=label, marker="o", ms=3, **style)
-    gone = [lr * 1.06**place for lr in found if lr not in kept]
-    ax.plot(gone, [top] * len(gone), "x", color=style["color"], ms=6, mew=1.6)
+    for lr, loss in found.items():
+        if loss > limit:
+            mark = "^" if math.isfinite(loss) else "x"
+            ax.plot(lr * 1.6 ** (place - 0.5), top, mark, color=style["color"], ms=4, mew=1.2)
+
+
+def _marks(losses: list[float], limit: float) -> list[Line2D]:
+    """What the marks at the top mean, of those that there are."""
+    above = [loss for loss in losses if limit < loss < math.inf]
+    found = {"^": f"ended at {min(above):.1f} to {max(above):.1f}"} if above else {}
+    found |= {"x": "lost at this rate"} if math.inf in losses else {}
+    return [Line2D([], [], color=common.GREY, marker=mark, ls="", ms=4, label=text) for mark, text in found.items()]
 
 
 def _finish(ax: Axes, ladder: list[float]) -> None:

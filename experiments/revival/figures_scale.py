@@ -1,4 +1,4 @@
-"""The figure of rung B: the spread of pre-activations by layer, and the heads that have left the ceiling over steps."""
+"""The figures of rung B: spread of pre-activations by layer, and heads that have left the ceiling over steps."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ Plot = Callable[[Axes, Sequence[Record]], None]
 
 
 def mechanism(view: View, rung: str, folder: Path) -> dict[str, Path]:
-    """Above, a panel an arm: spread by layer at the first and the last step. Below: share of heads that have left."""
+    """A panel an arm: spread by layer at the first and the last step, and share of heads that have left."""
     if rung != "B":
         return {}
     arms = [("A", arm) for arm in FOUR] + [("B", arm) for arm in view.arms("B")]
@@ -29,16 +29,22 @@ def mechanism(view: View, rung: str, folder: Path) -> dict[str, Path]:
     if not found:
         return {}
 
-    def plot(fig: Figure) -> None:
-        rows = 2 * (-(-len(found) // COLUMNS))
-        common.set_height(fig, 0.9 + 1.55 * rows)
-        spread, left = fig.subfigures(2, 1, squeeze=False).ravel()
-        _panels(spread, found, _spread, "std of pre-activations")
-        _same_scale(spread.axes)
-        spread.legend(handles=spread.axes[0].get_lines()[:2], loc="outside lower center", ncols=2)
-        _panels(left, found, _left, f"heads below {LEFT:g}\nof the ceiling (%)")
+    height = 0.6 + 1.6 * -(-len(found) // COLUMNS)
 
-    return {"scale": draw(folder / f"{stem(view, rung)}_scale.png", plot)}
+    def spread(fig: Figure) -> None:
+        common.set_height(fig, height + 0.3)
+        _panels(fig, found, _spread, "std of pre-activations")
+        _same_scale(fig.axes)
+        fig.legend(handles=fig.axes[0].get_lines()[:2], loc="outside lower center", ncols=2)
+
+    def left(fig: Figure) -> None:
+        common.set_height(fig, height)
+        _panels(fig, found, _left, f"heads below {LEFT:g}\nof the ceiling (%)")
+
+    return {
+        "spread": draw(folder / f"{stem(view, rung)}_spread.png", spread),
+        "left": draw(folder / f"{stem(view, rung)}_left.png", left),
+    }
 
 
 def _measured(record: Record) -> bool:
@@ -74,16 +80,16 @@ def _spread(ax: Axes, records: Sequence[Record]) -> None:
 
 def _same_scale(axes: Sequence[Axes]) -> None:
     """A run whose numbers grew out of all measure leaves the others their scale; how far it goes is said."""
-    ends = [line.get_ydata().max() for ax in axes for line in ax.get_lines()]
-    limit = 1e4 * float(np.median(ends))
-    kept = [end for end in ends if end <= limit]
-    if len(kept) == len(ends):
+    ends = [[float(np.max(line.get_ydata())) for line in ax.get_lines()] for ax in axes]
+    every = [end for panel in ends for end in panel]
+    limit = 1e4 * float(np.median(every))
+    if max(every) <= limit:
         return
-    lowest = min(line.get_ydata().min() for ax in axes for line in ax.get_lines())
-    axes[0].set_ylim(lowest / 2, 2 * max(kept))
-    for ax in axes:
-        if beyond := [line.get_ydata().max() for line in ax.get_lines() if line.get_ydata().max() > limit]:
-            note = f"one goes to {max(beyond):.0e}".replace("e+0", "e")
+    lowest = min(float(np.min(line.get_ydata())) for ax in axes for line in ax.get_lines())
+    axes[0].set_ylim(lowest / 2, 2 * max(end for end in every if end <= limit))
+    for ax, panel in zip(axes, ends, strict=True):
+        if max(panel) > limit:
+            note = f"one goes to {max(panel):.0e}".replace("e+0", "e")
             ax.annotate(note, (0.97, 0.03), xycoords="axes fraction", ha="right", size=7)
 
 

@@ -30,7 +30,13 @@ def at_a_glance(view: View) -> list[str]:
 def _table(view: View, rung: str, prefix: str, own: Runs, published: dict[str, float]) -> list[str]:
     """A row an arm, then ReLU - GELU without and with norms; at the common rate too, where all arms were run at it."""
     tuned = any(view.tuning(rung, prefix + arm) for arm in FOUR)
-    columns = [about(rung, prefix), "lost", "best rate" if tuned else "rate", "loss there", "overloaded heads (%)"]
+    columns = [
+        about(rung, prefix),
+        "lost",
+        f"best rate, seed {TUNING_SEED}" if tuned else "rate",
+        "loss there",
+        "overloaded heads (%)",
+    ]
     blocks = [own]
     common = view.common_rate(rung, [prefix + arm for arm in FOUR])
     at_common = {} if common is None else {arm: view.reported(rung, prefix + arm, common) for arm in FOUR}
@@ -64,8 +70,7 @@ def _scale(view: View) -> list[str]:
     rows = [_compared(view, "nothing else changed (rung A)", ("A", "relu"), ("A", "gelu"), common)]
     for change in (*BOTH, *GELU_ONLY):
         relu = ("A", "relu") if change in GELU_ONLY else ("B", f"relu{change}")
-        name = words.arm_words(f"gelu{change}").partition(", ")[2] + (" (GELU alone)" if change in GELU_ONLY else "")
-        rows.append(_compared(view, name, relu, ("B", f"gelu{change}"), common))
+        rows.append(_compared(view, words.change_words(change), relu, ("B", f"gelu{change}"), common))
     return words.table(columns, rows)
 
 
@@ -80,7 +85,9 @@ def _compared(view: View, name: str, relu: Arm, gelu: Arm, common: float | None)
         return row
     tried = [view.tuning(*arm).get(common) for arm in (relu, gelu)]
     at_common = [loss for loss in tried if loss is not None and math.isfinite(loss)]
-    return [*row, words.signed(at_common[0] - at_common[1], 3) if len(at_common) == 2 else words.DASH]
+    told = words.signed(at_common[0] - at_common[1], 3) if len(at_common) == 2 else words.DASH
+    seeds = view.gap(*(view.reported(*arm, common) for arm in (relu, gelu)), "100")
+    return [*row, told + (f" (reported seeds: {words.interval(seeds, 3)})" if seeds else "")]
 
 
 def _levels(records: Sequence[Record]) -> list[str]:

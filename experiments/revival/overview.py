@@ -11,7 +11,7 @@ from revival.study import Results, Waiting
 ASKED = {
     "A": "Does ReLU beat GELU without norms, at tuned rates, and the other way round with them?",
     "A2": "Does the answer hold between the rates? Added after rung A was seen",
-    "B": "Is it the scale of the input?",
+    "B": "Is it scale, of the embeddings or of the activation's input?",
     "C": "The same as A: does it hold for a larger model, at the published schedule and at tuned rates?",
     "D": "What becomes of the model without norms and activation?",
     "E": "Do learned slopes of leaky ReLU go to zero?",
@@ -26,8 +26,8 @@ FOUR = "LayerNorm or no block norms, GELU or ReLU"
 ARMS = {
     "A": FOUR,
     "A2": f"{FOUR}; rates half a step below and above rung A's, and rung A's own",
-    "B": "GELU and ReLU with embeddings x 22.627 or x 50, without feed-forward biases, or with depth-scaled initial "
-    "values; GELU with the input of the activation x 10 or x 60; LayerNorm + GELU with embeddings x 22.627",
+    "B": "GELU and ReLU with embeddings x \u221ad or x 50, without feed-forward biases, or with depth-scaled initial "
+    "values; GELU(10x)/10 and GELU(60x)/60; LayerNorm + GELU with embeddings x \u221ad",
     "C": f"`faithful_prefix:`, the first tenth of the published schedule at its rate, and `tuned:`; each {FOUR}",
     "D": "`stopped:` at the first bad step; `paper_nan:`, fp16, which nothing stops",
     "E": "one slope for all layers or one a layer, start 0.01, 0.1 or 0.25, no decay or decay of the original's total",
@@ -37,7 +37,8 @@ ARMS = {
 EXAMPLES = ("ln+relu", "gelu+embed22.627", "relu-ffbias", "per_layer:0.01:nodecay")
 NAMES = (
     "How names are read: a cell is one training run, rung/arm/peak rate/seed: `A/gelu/lr1e-3/s1`. An arm is an "
-    "activation, with `ln+` before it where the blocks have norms, and behind it what was changed; a recipe of its own "
+    "activation, with `ln+` before it where the blocks have norms (no block has one elsewhere), and behind it what was "
+    "changed; a recipe of its own "
     "stands before a colon (`faithful_prefix:`, at scale full `faithful:`; `tuned:`, `stopped:`, `paper_nan:`, "
     "`t256:`). So {examples}."
 )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.records import write_atomically
-from revival import budget, figures, figures_rates, figures_scale, front, overview, tables, words
+from revival import budget, figures, figures_rates, figures_scale, figures_seeds, front, overview, tables, words
 from revival.cases import CASES
 from revival.cells import PUBLISHED_T, SHORT_PYTHIA, Cell
 from revival.differences import differences
@@ -18,7 +18,7 @@ from revival.view import FAR, SCALES, View, views
 TITLES = {
     "A": "A. Four arms at tuned rates, Pythia-70M's dimensions",
     "A2": "A2. The same, with rates between those of rung A",
-    "B": "B. Mechanism: is it the scale of the input?",
+    "B": "B. Mechanism: is it scale, of the embeddings or of the activation's input?",
     "C": "C. Four arms, GPT-2 124M",
     "D": "D. The softmax-only model",
     "E": "E. Learned slopes",
@@ -31,8 +31,12 @@ NOTES = {
     "decide which is ahead. So each arm's optimum is looked for once more, at rates a factor of \u221a2 below and "
     "above it. Rung A's runs of the arm count here too, and its verdicts stay as they are. A run that fails like that "
     "ends above 6 nats, which is below the unigram entropy: it counts as any other, and is not lost.",
-    "B": "Pythia has biases in its feed-forward layers, and the original's GPT-2 has none: the arms of rung A have "
-    "them, and the change is to take them away.",
+    "B": "Embeddings have a standard deviation of .02 at first: times \u221ad = \u221a512 = 22.627 it is .45, times "
+    "50 it is 1, as after a norm; this also changes scores, and how fast embeddings move beside the rest. "
+    "GELU(bx)/b scales the activation's input alone: it tends to ReLU as b grows, and ReLU(bx)/b is ReLU for any b, so "
+    "that GELU's shape is changed and ReLU's is not. Depth-scaled initial values: those of the layers that write into "
+    "the residual stream times 1/\u221a(2 x 6 layers). Pythia has biases in its feed-forward layers, and the "
+    "original's GPT-2 has none: the arms of rung A have them, and the change is to take them away.",
     "C": "`faithful_prefix` is the published schedule stopped at a tenth; `tuned` has the length of rung A, so that "
     "the two sizes compare at one length. At scale full `faithful` is the whole schedule.",
     "D": "A run that is stopped at its first bad step counts as lost after that one step; elsewhere bad steps are left "
@@ -44,15 +48,18 @@ INTRO = """# ReLU's Revival, reproduced
 This page is written by `python experiments/relu_revival.py --report{out}` from the results in
 `{folder}/`: every result and every verdict on it is computed from them.
 
-**Question.** "ReLU's Revival" (arXiv:2410.09637) reports that without LayerNorm GPT-2 and Pythia reach a lower
-perplexity with ReLU than with GELU, while with LayerNorm it is the other way round, and that norm-free GELU leaves most
-early heads at their largest possible entropy ("entropic overload"). Its code has one seed, no Pythia, and bugs that may
-move the result. Does it hold, at tuned rates, over seeds, and why?
+**Question.** "ReLU's Revival" (arXiv:2410.09637) and "Entropy-Guided Attention" (arXiv:2501.03489) report that without
+LayerNorm GPT-2 and Pythia reach a lower perplexity with ReLU than with GELU, while with LayerNorm it is the other way
+round, and that norm-free GELU leaves most early heads in the top quarter of their possible entropy ("entropic
+overload"). Their code has one seed, no Pythia, and bugs that may move the result (learned slopes are decayed, the
+global one is not shared, an entropy that is NaN counts as 0). Does it hold, at tuned rates, over seeds, and why?
 """
 LEGEND = (
     "Differences are ReLU \u2212 GELU where not said otherwise: of losses in nats, paired by seed (n pairs), "
-    "with 95 % t intervals; told apart means that the interval leaves out 0. The papers trained 2.1 billion tokens of "
-    "CodeParrot, one seed: what is called published is that."
+    "with 95 % t intervals; told apart means that the interval excludes 0. The papers trained 2.1 billion tokens of "
+    "CodeParrot, one seed, at a rate of 1e-3: what is called published is that; its differences are those of ln "
+    "perplexity. Published heat maps and shares of heads are from the second paper's Figure 3. Lost, far off, "
+    "overloaded, val and val_package: see Method. GELU and ReLU alone mean without block norms."
 )
 NOT_RUN = ": not run."
 METHOD = """## Method, fixed before the runs
@@ -61,28 +68,30 @@ METHOD = """## Method, fixed before the runs
   paired, in nats of validation loss, with 95 % t intervals and every seed's point. A verdict needs 5 seeds; below it is
   called preliminary.
 - **Lost** is a run whose probe (fixed validation sequences) has a forward pass that is not finite ten times in a row,
-  or whose final validation loss is above the unigram entropy. Bad steps are left out (`nan_policy=skip`); a run that
-  the trainer gives up after 100 of them in a row is lost, and a run of rung D that is stopped at its first bad step is
-  lost by that step. Where a run left out some and was not lost, a table says how many. Every table says how many of
-  how many were lost, with the exact 95 % interval (Clopper and Pearson) in brackets; means are of the others.
-- **Far off** is a run that was not lost and ended more than {far:g} nat above its arm's median. It counts as any
-  other; the difference without its seed stands beside the one with it. (This was added after such a run was seen.)
+  or whose final validation loss is above the unigram entropy{unigram}. Bad steps are left out (`nan_policy=skip`); a
+  run that the trainer gives up after 100 of them in a row is lost, and a run of rung D that is stopped at its first bad
+  step is lost by that step. Where a run left out some and was not lost, a table says how many. Every table says how
+  many of how many were lost, with the exact 95 % interval (Clopper and Pearson) in brackets; means are of the others.
+- **Far off** is a run that was not lost and ended more than {far:g} nat above its arm's median. It counts as any other;
+  the difference without its seed stands beside the one with it. This was added after such runs were seen: without norms
+  a rate that is too high mostly leaves a run between 5.7 and 7 nats, near the unigram entropy, and often below it.
 - **Rates** are chosen for each arm on seed 101, which is reported nowhere, by the loss on the first tokens of `val`.
   The optimum must be interior: a ladder whose best rate is at its end gets one more, four times at most; where the best
   rate is at the end all the same, the verdict says so. Losses at 25, 50 and 100 % of the run are the trainer's own, on
   those same tokens; all other losses are on tokens of `val` that come after them and on `val_package` (packages held
   out whole), in fp32 whatever a run was trained in. Runs that differ in planned or evaluated tokens are never paired.
 - **Overloaded** is a head whose mean entropy is at least three quarters of its ceiling, ln(T!)/T.
-- **Heads' worth**: each head's attention is replaced by uniform causal attention, and by its own mean over other
-  sequences; values and all other heads stay.
+- **What heads are worth**: each head's attention is replaced by uniform causal attention, and by its own mean over
+  other sequences; values and all other heads stay. Less than .001 nats is called next to nothing.
 
 **What differs from the papers.** Far fewer tokens (beside each number), of the Python source of a fixed list of
 packages (`experiments/corpus`) in a vocabulary of 32,768; a warm-up of a quarter of the run and a rate chosen for each
 arm, where not said otherwise (`faithful_prefix` keeps the published schedule); bf16 instead of fp16; no dropout in
-Pythia; the final norm kept, as in the authors' code. Everything else is the recipe of their code
-(`conf/experiment/paper_*.yaml`): 65,536 tokens a step, AdamW (.9, .999), decay .1, clip 1, linear decay. **A perplexity
-here is of another text in another vocabulary than CodeParrot's, and says nothing beside the published ones**;
-differences in nats and bits a byte are what can be looked at.
+Pythia; the final norm kept, as in the authors' code. Everything else is the recipe of their GPT-2 code
+(`conf/experiment/paper_*.yaml`): 65,536 tokens a step, AdamW (.9, .999), decay .1, clip 1, linear decay. **For Pythia
+they give no recipe: that of GPT-2, its rate of 1e-3 included, is assumed.** **A perplexity here is of another text in
+another vocabulary than CodeParrot's, and says nothing beside the published ones**; of a difference in nats the sign is
+what compares.
 """
 COMMANDS = """## Commands
 
@@ -122,7 +131,7 @@ def write(out: Path, docs: Path) -> Path:
     """Draw the figures and write the page; returns its path."""
     folder = docs / "figures" / "relu_revival"
     found = views(out)
-    lines = [_intro(out), *overview.rungs(), *_answers(found), METHOD.format(far=FAR)]
+    lines = [_intro(out), *overview.rungs(), *_answers(found), METHOD.format(far=FAR, unigram=_unigram(found))]
     for view in found:
         lines += _scale(view, folder, docs)
     cell = SHORT_PYTHIA
@@ -139,6 +148,12 @@ def _intro(out: Path) -> str:
     if out.resolve() != RESULTS:
         return INTRO.format(out=f" --out {out}", folder=out)
     return INTRO.format(out="", folder=RESULTS.relative_to(Path(__file__).resolve().parents[2]).as_posix())
+
+
+def _unigram(found: Sequence[View]) -> str:
+    """Of the tokens that are reported: ` (6.84)`."""
+    known = {f"{r['unigram_entropy']:.2f}" for view in _studies(found) for r in view.records if "unigram_entropy" in r}
+    return f" ({', '.join(sorted(known))} on val)" if known else ""
 
 
 def _studies(found: Sequence[View]) -> list[View]:
@@ -230,7 +245,7 @@ def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
     for prefix in (prefix for four, prefix, _ in CASES if four == rung):
         for name, path in figures.maps(view, rung, folder, prefix).items():
             drawn.append((_caption(name, T) + (f" ({prefix.rstrip(':')})" if prefix else ""), path))
-    for draw in (figures.seeds, figures_scale.mechanism, figures.heads, figures.trajectories):
+    for draw in (figures_seeds.seeds, figures_scale.mechanism, figures.heads, figures.trajectories):
         drawn += [(_caption(name), path) for name, path in draw(view, rung, folder).items()]
     return [line for words_, path in drawn for line in (f"![{words_}]({path.relative_to(docs).as_posix()})", "")]
 
@@ -238,14 +253,16 @@ def _figures(view: View, rung: str, folder: Path, docs: Path) -> list[str]:
 def _caption(name: str, T: int = PUBLISHED_T) -> str:
     theirs = T == PUBLISHED_T
     return {
-        "rates": "Loss against peak learning rate; lost runs are crosses",
-        "maps": "Entropy of every head at the end" + ", with the published maps (GPT-2 124M)" * theirs,
-        "ranges": "Share of heads in each quarter of the ceiling" + ", with the shares in the published maps" * theirs,
-        "layers": "Entropy by layer over steps",
+        "rates": "Loss against peak learning rate, on the seed and the tokens that rates are chosen by",
+        "maps": "Entropy of every head at the end, one seed" + ", with the published maps (GPT-2 124M)" * theirs,
+        "ranges": "Share of heads in each quarter of the ceiling, one seed"
+        + ", with the shares in the published maps" * theirs,
+        "layers": "Entropy by layer over steps, one seed",
         "seeds": "Every seed's loss at its arm's own rate",
-        "heads": "Change of loss when a head's attention is replaced, against its entropy (grey: overloaded)",
-        "scale": "Spread of pre-activations by layer, and share of heads that have left the ceiling; a line a run, "
-        "and no panel where all runs were lost",
+        "heads": "Change of loss when a head's attention is replaced, against its entropy (grey: overloaded), heads of "
+        "all seeds",
+        "spread": "Spread of pre-activations by layer, one line per run; no panel where all runs were lost",
+        "left": "Share of heads that have left the ceiling over steps, one line per run",
         "slopes": "Learned slopes over steps",
         "nan": "NaN or Inf over steps",
     }[name]
@@ -253,9 +270,9 @@ def _caption(name: str, T: int = PUBLISHED_T) -> str:
 
 def _costs(found: Sequence[View]) -> list[str]:
     text = [
-        "Expected is what the recipe says of a cell alone on an H200; a call with `--budget-minutes` begins no cell",
-        "that would end later. A cell that shares a GPU takes longer, and counts with its part of the time. The first",
-        "steps end when both graphs are compiled.",
+        '"Expected" is the recipe\'s estimate for a cell alone on an H200; a call with `--budget-minutes` begins no',
+        "cell that would end later. A cell that shares a GPU takes longer, and counts with its part of the time. The",
+        "first steps end when both graphs are compiled.",
     ]
     return ["## What it costs", "", *text, "", *budget.costs(found), ""]
 

@@ -28,8 +28,8 @@ def results(view: View, rung: str, lr: float | None = None) -> list[str]:
         "lost",
         "val (nats)",
         "val_package (nats)",
-        "bits a byte, val",
-        "bits a byte, val_package",
+        "bits per byte, val",
+        "bits per byte, val_package",
         "perplexity, this text",
     )
     return words.table([*columns, "heads overloaded (%)", "mean entropy (nats)", "tokens", "unique", "epochs"], rows)
@@ -109,7 +109,7 @@ def mechanism(view: View, rung: str) -> list[str]:
             rows.append(_scale_row(arm, everyone))
     if not rows:
         return []
-    columns = ("arm", "lost", words.TEXT, "pre-activation std, layer by layer, first step", "last step")
+    columns = ("arm", "lost", words.TEXT, "pre-activation std, layer by layer, median run, first step", "last step")
     return words.table(
         [*columns, f"heads that never leave {LEFT:g} of the ceiling (%)", "median step of leaving"], rows
     )
@@ -120,7 +120,7 @@ def _scale_row(arm: str, everyone: Sequence[Record]) -> list[str]:
     first = [words.arm_words(arm), words.lost_words(everyone), words.text_of(everyone)]
     kept = [r for r in everyone if not is_lost(r)]
     spread = [numbers(r["pre_activation_std"])[[0, -1]] for r in kept if "pre_activation_std" in r]
-    stds = np.mean(spread, axis=0) if spread else []
+    stds = np.median(spread, axis=0) if spread else []
     left = [step for r in kept for layer in r.get("left_ceiling", []) for step in layer]
     gone = [step for step in left if step is not None]
     return [

@@ -12,6 +12,7 @@ from revival.cases import (
     about,
     absent,
     lost_of,
+    next_rates,
     not_paired,
     not_there,
     points,
@@ -25,7 +26,7 @@ from revival.records import Record
 from revival.statistics import Difference, paired
 from revival.verdicts_inside import collapse, slopes, wasted
 from revival.verdicts_scale import deviations, scale
-from revival.view import FOUR, View, overload
+from revival.view import FOUR, NEAR, View, overload, values
 
 # ln of the published perplexities on CodeParrot, after 2.1 billion tokens, one seed each: ReLU minus GELU, nats.
 PUBLISHED_GAP = {
@@ -36,6 +37,7 @@ PUBLISHED_GAP = {
 # Percent of heads at or above three quarters of the ceiling, GPT-2 124M after 2.1 billion tokens, one seed.
 PUBLISHED_OVERLOAD = {"ln+gelu": 8, "ln+relu": 3, "gelu": 58, "relu": 23}
 AGAINST = "**This contradicts the paper**"
+AGAINST_TUNED = "**At rates tuned for each arm this contradicts the paper**"
 PAIRS = (
     ("Without block norms", "none", "relu", "gelu"),
     ("With LayerNorm", "norms", "ln+relu", "ln+gelu"),
@@ -60,7 +62,7 @@ def order(view: View) -> list[str]:
                 act: ("A" if rung == "G" else arm[0], arm[1].removeprefix("t256:")) for act, arm in arms.items()
             }
             pair = view.own(*arms["ReLU"]), view.own(*arms["GELU"])
-            line = _order(view, head, *pair, gap, unsettled(view, **chosen_on))
+            line = _order(view, head, *pair, gap, unsettled(view, **chosen_on) + next_rates(view, **arms))
             lines.append(line + ("" if prefix else _at_common(view, rung, one, other, gap)))
         lines += _flip(view, rung, prefix, PUBLISHED_GAP[published])
     return lines
@@ -75,10 +77,10 @@ def _order(
         return f"{head}, {tokens_of(ours)}: no seed of which both arms survived and compare; {gone}."
     who = {-1: "ReLU beats GELU", 1: "GELU beats ReLU", 0: "ReLU and GELU are not told apart"}[gap.sign]
     rates = f"rates {words.rate_name(ours[0]['lr'])} and {words.rate_name(theirs[0]['lr'])}"
+    agreement = _tuned(view, ours, _agreement(gap.sign, -1 if published < 0 else 1))
     return (
         f"{preliminary(gap)}{head}, {tokens_of(ours)}: {who}: {splits(view, ours, theirs)}; "
-        f"{quarters(view, ours, theirs)}; {rates}; {gone}. Published: {words.signed(published, 3)}"
-        f"{_agreement(gap.sign, -1 if published < 0 else 1)}."
+        f"{quarters(view, ours, theirs)}; {rates}; {gone}. Published: {words.signed(published, 3)}{agreement}."
     )
 
 
@@ -106,6 +108,12 @@ def _agreement(sign: int, published: int) -> str:
     return ", the same direction" if sign == published else f". {AGAINST}"
 
 
+def _tuned(view: View, runs: Sequence[Record], agreement: str) -> str:
+    """The papers had one rate: what contradicts them at rates of each arm's own says so."""
+    tuned = view.tuning(runs[0]["rung"], runs[0]["arm"])
+    return agreement.replace(AGAINST, AGAINST_TUNED) if tuned else agreement
+
+
 def _as_published(sign: int, published: int) -> str:
     """The same where what is published is not in the sentence."""
     if sign == 0:
@@ -126,7 +134,7 @@ def _flip(view: View, rung: str, prefix: str, published: dict[str, float]) -> li
     verdict, change, sign = turned
     line = (
         f"{verdict} ({about(rung, prefix)}), {tokens_of(arms['relu'])}: {change}; {_gone(arms)}. Published: they do"
-        f"{_agreement(sign, -1)}."
+        f"{_tuned(view, arms['relu'], _agreement(sign, -1))}."
     )
     common = None if prefix else view.common_rate(rung)
     at_common = {} if common is None else {arm: view.reported(rung, arm, common) for arm in FOUR}
@@ -149,17 +157,26 @@ def _turned(view: View, arms: dict[str, list[Record]], published: float) -> tupl
     change = paired(free.points, normed.points) if free and normed else None
     if free is None or normed is None or change is None:
         return None
-    turned = free.sign * normed.sign
-    verdict = {-1: "Norms turn the order round", 1: "Norms do not turn the order round"}.get(
-        turned, "That norms turn the order round is not shown"
-    )
-    told = {-1: "of the published sign", 1: "against the published sign", 0: "not told apart from 0; published"}
+    told = {-1: "with the published sign", 1: "against the published sign", 0: "not told apart from 0; published"}
     text = (
         f"taking them out changes ReLU {words.MINUS} GELU by {words.interval(change)} nats, {told[change.sign]} "
         f"({words.signed(published, 3)})"
     )
-    sign = 0 if turned == 0 else -1 if (free.sign, normed.sign) == (-1, 1) else 1
+    verdict, sign = _flipped(free.sign, normed.sign)
     return f"{preliminary(free, normed, change)}{verdict}", text, sign
+
+
+def _flipped(free: int, normed: int) -> tuple[str, int]:
+    """From the signs of ReLU - GELU without and with norms: a verdict, and -1 where that is as published, 1 where it is
+    against that, 0 where neither is shown.
+    """
+    if free * normed:
+        turned = "turn" if free * normed < 0 else "do not turn"
+        return f"Norms {turned} the order round", -1 if (free, normed) == (-1, 1) else 1
+    against = "GELU is ahead without them" if free == 1 else "ReLU is ahead with them" if normed == -1 else ""
+    if against:
+        return f"Norms do not turn the order round as published: {against}", 1
+    return "That norms turn the order round is not shown", 0
 
 
 def _gone(arms: dict[str, list[Record]]) -> str:
@@ -185,10 +202,12 @@ def overloaded(view: View) -> list[str]:
         gone = lost_of(**{words.arm_words(arm): found for arm, found in arms.items() if found})
         head = f"{about(rung, prefix)}, {tokens_of(next(filter(None, arms.values())))}"
         text = f"{head}: overloaded heads at the end: {shares}; {gone}."
+        near = [f"{words.arm_words(arm)} {words.mean(values(found, 'near'), 1, 100)}" for arm, found in arms.items()]
+        text += f" In percent at or above {NEAR:g} of the ceiling: {', '.join(near)}."
         against_norms = view.gap(arms["gelu"], arms["ln+gelu"], "overload")
         against_relu = view.gap(arms["relu"], arms["gelu"], "overload")
         if against_norms is not None:
-            text += f" {_overload_of(against_norms)}."
+            text += f" {_overload_of(against_norms)}{_overload_at_common(view, rung, prefix)}."
         if against_relu is not None:
             text += (
                 f" {preliminary(against_relu)}Without norms, ReLU {words.MINUS} GELU is "
@@ -206,9 +225,18 @@ def _overload_of(gap: Difference) -> str:
     )
 
 
+def _overload_at_common(view: View, rung: str, prefix: str) -> str:
+    """With norms the best rate is another one, at which heads differ too."""
+    common = None if prefix else view.common_rate(rung)
+    if common is None:
+        return ""
+    gap = view.gap(view.reported(rung, "gelu", common), view.reported(rung, "ln+gelu", common), "overload")
+    return f"; at the common rate, {words.rate_name(common)}, {words.interval(points(gap), 1)}" if gap else ""
+
+
 def _published_overload() -> str:
     shares = ", ".join(f"{words.arm_words(arm)} {share} %" for arm, share in PUBLISHED_OVERLOAD.items())
-    return f"Published for GPT-2 124M, T = 128: {shares}"
+    return f"Published for GPT-2 124M, T = 128, as printed: {shares}"
 
 
 QUESTIONS = {

@@ -6,11 +6,11 @@ import numpy as np
 
 from revival import words
 from revival.cases import CASES, about, absent, lost_of, preliminary, tokens_of, unsettled
-from revival.heads_table import SMALL, at_once, costs, per_seed
+from revival.heads_table import SMALL, Costs, at_once, costs, per_seed
 from revival.records import Record, is_lost, numbers
 from revival.statistics import ENOUGH, Difference, difference, paired
 from revival.tuning import REFINED
-from revival.view import FOUR, View, lost
+from revival.view import FOUR, NEAR, View, lost
 
 WASTED = (
     "Cost is the change of loss in nats when uniform attention takes a head's place: the mean over each model's heads, "
@@ -45,13 +45,23 @@ def _wasted(name: str, everyone: Sequence[Record]) -> str:
     few = "Preliminary: " if len(mine) < ENOUGH else ""
     rest = per_seed(records, "uniform", overloaded=False)
     others = f", any other head {words.interval(difference(rest), 5)}" if rest else ""
-    both = [at_once(records, kind) for kind in ("uniform", "mean")]
-    together = [words.interval(difference(costs_)) if costs_ else words.DASH for costs_ in both]
+    both = [difference(at_once(records, kind)) for kind in ("uniform", "mean")]
+    together = [words.interval(gap) for gap in both]
+    told = "together they are of use" if both[0].sign > 0 else "that they are of use together is not shown"
     return (
-        f"{few}{name}, {tokens_of(records)}: an overloaded head costs {words.interval(difference(mine), 5)}{others}; "
-        f"{cheap} of {int(chosen.sum())} overloaded heads cost less than {SMALL:g}; all of a model's at once "
-        f"{together[0]}, with their own mean attention {together[1]}; {gone}."
+        f"{few}{name}, {tokens_of(records)}: {told}: a model without any of its overloaded heads loses {together[0]}, "
+        f"with their own mean attention {together[1]}. One costs {words.interval(difference(mine), 5)}{others}; less "
+        f"than {SMALL:g}: {cheap} of {int(chosen.sum())}{_near(found)}; {gone}."
     )
+
+
+def _near(found: Costs) -> str:
+    """Of the overloaded heads, those that hardly choose at all."""
+    near = found.level >= NEAR
+    if not near.any():
+        return f", of which none is at {NEAR:g} of the ceiling"
+    cheap = int((found.uniform[near] < SMALL).sum())
+    return f", and {cheap} of the {int(near.sum())} at {NEAR:g} of the ceiling or above"
 
 
 # -- learned slopes ----------------------------------------------------------------------------------------------------

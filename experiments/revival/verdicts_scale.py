@@ -16,12 +16,12 @@ from revival.cases import (
     unsettled,
 )
 from revival.records import Record
-from revival.statistics import Difference, paired
+from revival.statistics import Difference, difference, paired
 from revival.view import View, overload
 
 CHANGED, BASE = "changed", "rung A"
 BOTH = ("+embed22.627", "+embed50", "-ffbias", "+depth")  # variants of GELU and of ReLU
-GELU_ONLY = ("+beta10", "+beta60")  # ReLU is the same at every scale of its input
+GELU_ONLY = ("+beta10", "+beta60")  # relu(b x) / b is relu(x)
 CONTROL = "ln+gelu+embed22.627"
 DEPTH = "+depth"  # a deviation of the original that rung B trains, at a rate of its own
 DEVIATIONS = ("-finalnorm", "+dropout", "+fp16", DEPTH)
@@ -36,8 +36,7 @@ def scale(view: View) -> list[str]:
 
 def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
     """ReLU against GELU where the scale was changed, and before."""
-    name = words.arm_words(f"gelu{variant}").partition(", ")[2]
-    name += " (ReLU is the same at every such scale)" if variant in GELU_ONLY else ""
+    name = words.change_words(variant)
     gelu = ("B", f"gelu{variant}")
     if not {relu, gelu} & {("B", arm) for arm in view.arms("B")}:
         return f"Without norms, {name}: not run."
@@ -53,26 +52,32 @@ def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
     if after is None:
         return f"{head}: no seed of which both survived and compare; {gone}."
     change = paired(after.points, before.points) if before else None
+    alone = f"GELU alone: {_own(view, theirs, base)}."
+    if variant not in GELU_ONLY:
+        alone += f" ReLU alone: {_own(view, ours, base_relu)}."
     return (
         f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)}, "
-        f"{_explained(before, after, change)}; {quarters(view, ours, theirs)}. GELU alone: "
-        f"{_own(view, theirs, base)}. {gone[0].upper()}{gone[1:]}.{_against(after)}"
+        f"{_explained(before, after, change)}; {quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}."
     )
 
 
 def _explained(before: Difference | None, after: Difference, change: Difference | None) -> str:
-    """What became of the difference that was there before, with the paired interval of the change."""
+    """What became of the difference that was there before, on the seeds that both have."""
     if before is None or change is None:
         return "and there is no seed that it can be compared with on rung A"
-    text = f"instead of {words.interval(before)} on rung A, a change by {words.interval(change)}"
+    base = difference({seed: before.points[seed] for seed in change.points})
+    same = "" if change.n == before.n else "the same seeds of "
+    text = f"instead of {words.interval(base)} on {same}rung A, a change of {words.interval(change)}"
     if before.sign == 0:
         return f"{text} (before, it was not told apart from 0, so that no share of it can be explained)"
-    if before.mean * after.mean < 0:
+    if change.sign == 0:
+        return f"{text}: no change is shown"
+    if base.mean * after.mean < 0:
         turned = "the order turns round" if after.sign else "the mean changes its sign, but is not told apart from 0"
         return f"{text}: {turned}"
-    gone = 100 * (1 - after.mean / before.mean)
+    gone = -100 * change.mean / base.mean
     kind = f"{gone:.0f} % of it is gone" if gone >= 0 else f"it grows by {-gone:.0f} %"
-    return f"{text}: {kind}, as a point estimate" + ("" if change.sign else "; no change is shown")
+    return f"{text}: {kind}, as a point estimate"
 
 
 def _own(view: View, ours: Sequence[Record], base: Sequence[Record]) -> str:
@@ -83,12 +88,6 @@ def _own(view: View, ours: Sequence[Record], base: Sequence[Record]) -> str:
         f"its loss changes by {words.interval(view.gap(ours, base))} nats, its overloaded heads from {shares} "
         f"(paired: {change} percentage points)"
     )
-
-
-def _against(after: Difference) -> str:
-    if after.sign <= 0:
-        return ""
-    return " **This contradicts the paper**, if its order is to hold whatever the scale: here GELU beats ReLU."
 
 
 def _control(view: View) -> str:

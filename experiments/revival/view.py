@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from normfree.heads import is_overloaded
+from normfree.heads import is_overloaded, relative_entropy
 from revival import records as store
 from revival.records import Record, is_lost, same_rate
 from revival.statistics import Difference, paired
@@ -118,9 +118,18 @@ def unlike(ours: Iterable[Record], theirs: Iterable[Record]) -> list[int]:
 QUARTERS = ("25", "50", "100")
 
 
+NEAR = 0.9  # of the ceiling
+OF_HEADS: dict[str, Callable[[np.ndarray, int], float]] = {
+    "overload": lambda entropy, T: is_overloaded(entropy, T).mean(),
+    "near": lambda entropy, T: (relative_entropy(entropy, T) >= NEAR).mean(),
+    "entropy": lambda entropy, T: np.nanmean(entropy),
+}
+
+
 def values(records: Iterable[Record], name: str = "val_loss") -> dict[int, float]:
     """seed -> a finite number of the runs that were not lost. `name`: a field of the record; 25, 50 or 100, the loss
-    at that percentage of the run; overload, the share of overloaded heads at its end; entropy, their mean entropy.
+    at that percentage of the run; at its end overload, the share of overloaded heads, near, that of heads near the
+    ceiling, and entropy, the mean of all.
     """
     found = {}
     for record in records:
@@ -131,9 +140,8 @@ def values(records: Iterable[Record], name: str = "val_loss") -> dict[int, float
 
 
 def _value(record: Record, name: str) -> float | None:
-    if name in ("overload", "entropy"):
-        entropy = store.numbers(record["entropy"])
-        return float(is_overloaded(entropy, record["T"]).mean() if name == "overload" else np.nanmean(entropy))
+    if name in OF_HEADS:
+        return float(OF_HEADS[name](store.numbers(record["entropy"]), record["T"]))
     value = record["losses"].get(name) if name in QUARTERS else record.get(name)
     return None if value is None else float(value)  # float reads "NaN" and "Infinity"
 

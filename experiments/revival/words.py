@@ -31,9 +31,11 @@ def arm_words(arm: str) -> str:
     if name is None:
         return arm
     extra = rest.removeprefix(name)
+    if extra.startswith("+beta"):
+        return f"GELU({extra[5:]}x)/{extra[5:]}"
     for short, long in (
+        ("+embed22.627", ", embeddings x \u221ad"),
         ("+embed", ", embeddings x "),
-        ("+beta", ", input of the activation x "),
         ("-ffbias", ", no feed-forward biases"),
         ("+depth", ", depth-scaled initial values"),
         ("-finalnorm", ", no final norm"),
@@ -44,10 +46,16 @@ def arm_words(arm: str) -> str:
     return WORDS[name] + extra + (f" ({prefix})" if prefix in RECIPES else "")
 
 
+def change_words(variant: str) -> str:
+    """What is changed on rung B: `+embed50` -> embeddings x 50; `+beta10` -> GELU(10x)/10 in GELU's place"""
+    name = arm_words(f"gelu{variant}")
+    return name.partition(", ")[2] or f"{name} in GELU's place"
+
+
 def slope_words(arm: str) -> str:
-    """`per_layer:0.1:nodecay` -> a slope a layer, start 0.1, no decay"""
+    """`per_layer:0.1:nodecay` -> one slope per layer, start 0.1, no decay"""
     scope, start, decay = arm.split(":")
-    how = "one slope for all layers" if scope == "global" else "a slope a layer"
+    how = "one slope for all layers" if scope == "global" else "one slope per layer"
     return f"{how}, start {start}, " + ("no decay" if decay == "nodecay" else "decay of the original's total")
 
 
@@ -78,12 +86,13 @@ def losses(records: Sequence[Record], digits: int = 4) -> str:
 
 
 def lost_words(records: Sequence[Record]) -> str:
-    """1 of 5 (1 to 72 %): how many were lost, with the exact 95 % interval."""
+    """1 of 5 (1 to 72 %), 1 far off: how many were lost, with the exact 95 % interval, and how many nearly."""
     k, n = lost(records)
     if not n:
         return "not run"
     low, high = binomial_interval(k, n)
-    return f"{k} of {n} ({100 * low:.0f} to {100 * high:.0f} %)"
+    far = len(far_off(records))
+    return f"{k} of {n} ({100 * low:.0f} to {100 * high:.0f} %)" + (f", {far} far off" if far else "")
 
 
 def millions(tokens: float) -> str:
