@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     a = p.parse_args(argv)
     try:
-        options.check(a, {name for name, value in vars(a).items() if value != p.get_default(name)})
+        # By identity: what was typed is an object of its own, also where it says the default.
+        options.check(a, {name for name, value in vars(a).items() if value is not p.get_default(name)})
         if a.merge:
             out = options.writable(options.out(a), "--out")
             print("\n".join(f"{path}: {n} added" for path, n in store.merge(a.merge, out).items()))

@@ -136,11 +136,10 @@ def _entropy(run: Run) -> tuple[float, float] | None:
 
 def cells(row: Row, is_baseline: bool) -> dict[str, str]:
     """What the table shows, column by column."""
-    of = f" ({len(row.losses)} of {row.n})" if 0 < len(row.losses) < row.n else ""
     return {
         "configuration": row.configuration + (" *" if is_baseline else ""),
         **{name: str(value) for name, value in row.keys.items()},
-        "val loss": _number(row.loss, row.loss_interval) + of,
+        "val loss": _number(row.loss, row.loss_interval) + _of(row),
         "perplexity": _number(row.perplexity, digits=3),
         "difference": DASH if is_baseline else _paired(row),
         "lost": f"{row.lost} of {row.n}",
@@ -157,29 +156,62 @@ def _number(value: float | None, half: float | None = None, digits: int = 4, sig
     return f"{value:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
-def _paired(row: Row) -> str:
+def _of(row: Row) -> str:
+    return f" ({len(row.losses)} of {row.n})" if 0 < len(row.losses) < row.n else ""
+
+
+def _paired(row: Row, digits: int = 4) -> str:
     if row.difference is None:
         return DASH
-    return _number(row.difference, row.difference_interval, sign="+") + f" ({row.pairs} pair{'s' * (row.pairs != 1)})"
+    pairs = f" ({row.pairs} pair{'s' * (row.pairs != 1)})"
+    return _number(row.difference, row.difference_interval, digits, "+") + pairs
 
 
 def show(rows: Sequence[Row], baseline: str | None) -> None:
+    """One table where there is room; else the configurations as a list, and a table of their numbers."""
     from rich.console import Console
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=1000)
+    lines = [cells(row, row.configuration == baseline) for row in rows]
+    table = _table(lines)
+    lead: list[str] = []
+    if table.__rich_measure__(console, console.options).maximum > console.width:
+        lead = [f"{i}  {line['configuration']}; {line['norms']}" for i, line in enumerate(lines, 1)]
+        table = _table([narrow(i, row, row.configuration == baseline) for i, row in enumerate(rows, 1)], padding=1)
+    note = f"* baseline of the paired differences: {baseline}" if baseline else "no baseline: name one by --baseline"
+    for text in (*lead, table, f"{note}. Validation loss in nats per token; entropy in nats."):
+        console.print(text, markup=False, highlight=False)
+
+
+def _table(lines: Sequence[dict[str, str]], padding: int = 2) -> Any:
     from rich.table import Table
 
-    note = f"* baseline of the paired differences: {baseline}" if baseline else "no baseline: name one by --baseline"
-    table = Table(caption=f"{note}. Validation loss in nats per token; entropy in nats.", caption_justify="left")
-    lines = [cells(row, row.configuration == baseline) for row in rows]
+    table = Table(box=None, padding=(0, padding, 0, 0), header_style="bold")
     for name in lines[0]:
-        table.add_column(name, justify="left" if name in ("configuration", "norms") else "right")
+        table.add_column(name, justify="left" if name in ("configuration", "norms") else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line.values())
-    console = Console()
-    Console(width=None if console.is_terminal else 1000).print(table, markup=False)
+    return table
+
+
+def narrow(i: int, row: Row, is_baseline: bool) -> dict[str, str]:
+    """The i-th row for a terminal of 80 columns: what is compared, to three digits."""
+    return {
+        "": f"{i}" + ("*" if is_baseline else ""),
+        "val loss": _number(row.loss, row.loss_interval, 3),
+        "difference": DASH if is_baseline else _paired(row, 3),
+        "lost": f"{row.lost} of {row.n}",
+        "going": str(row.unfinished or DASH),
+        "entropy": _number(row.mean_entropy, digits=2),
+        "overl. %": _number(row.overloaded, digits=0),
+    }
 
 
 def save(rows: Sequence[Row], baseline: str | None, out: Path) -> list[Path]:
     """FILE.csv, one line a configuration, and FILE.json, with the loss of every seed too."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; name a file in it: {out / 'summary'}.", EXIT_DIRECTORY)
     paths = [out.with_name(out.name.removesuffix(".csv").removesuffix(".json") + end) for end in (".csv", ".json")]
     flat = [{**asdict(row), "baseline": row.configuration == baseline} for row in rows]
     for line in flat:

@@ -15,8 +15,9 @@ next writer.
 
 import json
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import cached_property
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,11 +205,23 @@ def load_run(directory: str | Path) -> Run:
         )
     if not is_run(directory):
         raise UserError(
-            f"{directory} is no run directory: it has no config.yaml. A run is what `python run.py` wrote, "
-            "by default under runs/.",
+            f"{directory} is no run directory: {_why_not(directory)}. A run is what `python run.py` wrote, by default "
+            "under runs/.",
             EXIT_DIRECTORY,
         )
     return Run(directory)
+
+
+def _why_not(directory: Path) -> str:
+    if directory.is_dir():
+        return "it has no config.yaml, and holds no directory that has one"
+    if directory.exists():
+        return "it is a file"
+    if has_magic(str(directory)):
+        return "nothing matches it"
+    beside = [path.name for path in directory.parent.iterdir()] if directory.parent.is_dir() else []
+    near = get_close_matches(directory.name, beside, n=1)
+    return "it does not exist" + (f"; near it is {directory.parent / near[0]}" if near else "")
 
 
 def expand(patterns: Iterable[str | Path]) -> list[Run]:

@@ -83,6 +83,7 @@ def test_what_is_typed_is_checked_first(
         ("--known empty full", "--known full holds no results"),
         ("--report --out gone", "--out gone is no folder"),
         ("--report --dry-run", "--report trains nothing: --dry-run does not go with it"),
+        ("--scale smoke --report", "--report trains nothing: --scale does not go with it"),
         (f"--merge empty {short}", "--merge trains nothing: --corpus, --scale does not"),
         ("--docs empty", "there is no --report"),
         ("--corpus empty", "--corpus is the text of --scale short or full"),

@@ -107,6 +107,24 @@ def test_what_is_no_run_is_said(tmp_path):
         RunWriter(tmp_path / "r").config(Config()) or load_run(tmp_path / "r").array("nan_count")
 
 
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        ("nosuch", "it does not exist."),
+        ("notea", "it does not exist; near it is {}/note."),
+        ("zzz*", "nothing matches it."),
+        ("note", "it is a file."),
+        ("empty", "it has no config.yaml, and holds no directory that has one."),
+    ],
+)
+def test_why_something_is_no_run(tmp_path, typed, reason):
+    (tmp_path / "note").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        expand([tmp_path / typed])
+    assert f"{tmp_path / typed} is no run directory: {reason.format(tmp_path)}" in str(caught.value)
+
+
 def test_a_folder_stands_for_its_runs(written, tmp_path):
     assert [run.directory for run in expand([tmp_path])] == [written]
     assert len(load_runs(tmp_path)) == 5

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from fixtures.make_runs import make_run
 
-from normfree.errors import EXIT_CONFIG, EXIT_OK
+from normfree.errors import EXIT_CONFIG, EXIT_DIRECTORY, EXIT_OK
 from normfree.runs import expand
 from plotting.seeds import mean_interval, t_quantile
 
@@ -124,3 +124,32 @@ def test_an_unknown_baseline_names_the_choices(
 ) -> None:
     assert summarize.main([str(folder), "--baseline", "gpt2-nano-layernorm-rel"]) == EXIT_CONFIG
     assert "Did you mean 'gpt2-nano-layernorm-relu'?" in capsys.readouterr().err
+
+
+def test_a_terminal_of_80_columns_shows_whole_numbers_and_names(
+    summarize: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    summarize.main([str(folder), "--out", str(tmp_path / "table")])
+    printed = capsys.readouterr().out
+    rows, _ = summarize.summarize(expand([folder]))
+    assert all(row.configuration in printed for row in rows)
+    assert all(f"{row.loss:.3f}" in printed for row in rows if row.loss is not None)
+    assert "\u2026" not in printed
+    assert "pairs" in printed
+
+
+def test_a_folder_is_no_file_to_write(
+    summarize: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert summarize.main([str(folder), "--out", str(tmp_path)]) == EXIT_DIRECTORY
+    assert f"--out {tmp_path} is a directory" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

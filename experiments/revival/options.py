@@ -16,7 +16,7 @@ SMOKE = Path("runs", ".relu_revival")  # nothing follows from it: it is not kept
 
 
 def check(a: argparse.Namespace, typed: set[str]) -> None:
-    """`typed`: names of the options that are not as they are by default."""
+    """`typed`: names of the options that were."""
     _pairs(a, typed)
     for name, value in (("--budget-minutes", a.budget_minutes), ("--together", a.together)):
         if value is not None and not (value > 0 and math.isfinite(value)):
