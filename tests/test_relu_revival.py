@@ -282,3 +282,30 @@ def test_uniform_attention_is_the_mean_of_values(tmp_path: Path) -> None:
     assert abs(found["uniform"][1, 1]) > 1e-4
     assert found["overloaded"] == 2
     assert found["all_uniform"] != pytest.approx(found["uniform"][0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "pythia"])
+def test_what_lies_below_a_head_is_computed_once_and_is_the_same(model: str) -> None:
+    import torch
+    from revival import heads
+
+    from normfree.config import ModelConfig
+    from normfree.model import Transformer, init_weights
+    from normfree.training.evaluation import evaluate_loss
+
+    shape = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 32, "norm": "none"}
+    family = {"positions": "rotary", "parallel_residual": True} if model == "pythia" else {}
+    transformer = Transformer(ModelConfig(**shape, **family))
+    init_weights(transformer, 1)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.mul_(4)
+    rows = np.random.default_rng(0).integers(0, 32, (heads.BATCH + 6, 13))
+    pattern = heads.uniform_attention(12, torch.device("cpu")).expand(3, 2, 12, 12)
+    found = heads.with_one_replaced(transformer, rows, pattern)
+    plain = evaluate_loss(transformer, rows, heads.BATCH, "fp32")
+    for layer, head in np.ndindex(3, 2):
+        with heads.replaced(transformer, [(layer, head)], pattern):
+            whole = evaluate_loss(transformer, rows, heads.BATCH, "fp32")
+        assert found[layer, head] == pytest.approx(whole, abs=1e-6)
+        assert abs(whole - plain) > 1e-5

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from normfree.heads import is_overloaded
 from normfree.model import Transformer
-from normfree.training.evaluation import evaluate_loss
+from normfree.model.losses import LossOutput
+from normfree.training.evaluation import device_batches, evaluate_loss
 
 BATCH = 64  # sequences a forward pass
 
@@ -75,6 +76,44 @@ def replaced(model: Transformer, heads: Iterable[tuple[int, int]], patterns: Ten
             handle.remove()
 
 
+@torch.no_grad()
+def with_one_replaced(model: Transformer, rows: np.ndarray, patterns: Tensor) -> np.ndarray:
+    """Loss over `rows` (N, T + 1) with one head's attention replaced, for every head: (n_layer, n_head), nats.
+
+    What lies below a head's layer is computed once. Leaves the model in eval mode.
+    """
+    model.eval()
+    total = torch.zeros(model.config.n_layer, model.config.n_head, dtype=torch.float64, device=patterns.device)
+    count = 0
+    for idx, targets in device_batches(rows, BATCH, patterns.device):
+        for layer, x in enumerate(_block_inputs(model, idx)):
+            for head in range(model.config.n_head):
+                with replaced(model, [(layer, head)], patterns):
+                    out = _from_block(model, layer, x, targets)
+                total[layer, head] += out.sum
+        count += int(out.count)
+    return (total / count).cpu().numpy()
+
+
+def _block_inputs(model: Transformer, idx: Tensor) -> list[Tensor]:
+    """What each block is given, (B, T, C)."""
+    inputs: list[Tensor] = []
+    handles = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in model.blocks]
+    try:
+        model.hidden(idx)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _from_block(model: Transformer, layer: int, x: Tensor, targets: Tensor) -> LossOutput:
+    """The rest of a forward pass: x (B, T, C) goes into block `layer`."""
+    for block in list(model.blocks)[layer:]:
+        x = block(x, model.rotary, None)
+    return model.loss(model.final_norm(x), model.head_weight, targets, model.vocab_used)
+
+
 def cost_of_heads(model: Transformer, rows: np.ndarray, other_rows: np.ndarray, entropy: np.ndarray) -> dict[str, Any]:
     """Change of the loss (nats) over `rows` (N, T + 1) when attention is replaced, in fp32 and eval mode.
 
@@ -91,11 +130,7 @@ def cost_of_heads(model: Transformer, rows: np.ndarray, other_rows: np.ndarray, 
     loss = evaluate_loss(model, rows, BATCH, "fp32")
     found: dict[str, Any] = {"tokens": rows.shape[0] * T, "loss": loss, "overloaded": len(overloaded)}
     for name, pattern in patterns.items():
-        change = np.zeros((n_layer, n_head))
-        for layer, head in np.ndindex(n_layer, n_head):
-            with replaced(model, [(layer, head)], pattern):
-                change[layer, head] = evaluate_loss(model, rows, BATCH, "fp32") - loss
-        found[name] = change
+        found[name] = with_one_replaced(model, rows, pattern) - loss
         found[f"all_{name}"] = None
         if overloaded:
             with replaced(model, overloaded, pattern):
