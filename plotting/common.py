@@ -223,6 +223,12 @@ def index_of(run: Run, steps: np.ndarray, step: int | None) -> int:
     return int(found[-1])
 
 
+def listed(steps: np.ndarray, most: int = 12) -> str:
+    """Steps in words: all of them, or the first and the last of many."""
+    shown = [str(step) for step in steps]
+    return ", ".join(shown if len(shown) <= most else [*shown[: most // 2], "...", *shown[-(most // 2) :]])
+
+
 def seq_len(run: Run) -> int:
     """T, the tokens of a training sequence; it sets the ceiling of the entropies."""
     data, model = run.config.data, run.config.model

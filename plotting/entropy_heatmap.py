@@ -1,7 +1,8 @@
 """Attention entropy of every head: layer x head, several runs on one scale from 0 to the ceiling.
 
 Layer 0, which reads the embeddings, is at the top. Runs of different sequence lengths have different ceilings and are
-shown relative to their own. `--difference` subtracts the first run from each of the others.
+shown relative to their own. `--difference` subtracts the first run from each of the others, at the newest step that
+both have.
 """
 
 import sys
@@ -35,6 +36,7 @@ class Panel:
     source: str
     step: int
     values: np.ndarray
+    said: str = ""  # about the step, after its number
 
 
 @dataclass
@@ -62,14 +64,15 @@ def plot(
 ) -> list[common.Row]:
     """Draw one map a run; return a row (run, step, layer, head, entropy, relative entropy) for every cell."""
     relative = len({common.seq_len(run) for run in runs}) > 1
-    panels = [_panel(run, label, step, source) for run, label in zip(runs, common.labels(runs), strict=True)]
-    rows = [row for panel in panels for row in _rows(panel)]
-    if relative:
-        for panel in panels:
-            panel.values = relative_entropy(panel.values, common.seq_len(panel.run))
+    labels = common.labels(runs)
     if difference:
-        panels = _differences(panels)
+        panels = _differences(runs, labels, step, source, relative)
         rows = [row for panel in panels for row in _rows(panel, "difference")]
+    else:
+        panels = [_panel(run, label, step, source) for run, label in zip(runs, labels, strict=True)]
+        rows = [row for panel in panels for row in _rows(panel)]
+        for panel in panels if relative else ():
+            panel.values = relative_entropy(panel.values, common.seq_len(panel.run))
     scale = _scale(panels, relative, difference)
     _draw(panels, fig, scale)
     return rows
@@ -89,17 +92,46 @@ def _rows(panel: Panel, kind: str = "entropy") -> list[common.Row]:
     ]
 
 
-def _differences(panels: Sequence[Panel]) -> list[Panel]:
-    if len(panels) < 2:
+def _differences(
+    runs: Sequence[Run], labels: Sequence[str], step: int | None, source: str | None, relative: bool
+) -> list[Panel]:
+    """One panel for each run but the first: what it has more than the first at a step of both."""
+    if len(runs) < 2:
         raise UserError("--difference subtracts the first run from the others: name at least two runs.")
-    first, *others = panels
-    for panel in others:
+    panels = []
+    for other, label in zip(runs[1:], labels[1:], strict=True):
+        found, at, said = _common_step(runs[0], other, step, source)
+        first, panel = _panel(runs[0], labels[0], at, found), _panel(other, label, at, found)
         if panel.values.shape != first.values.shape:
             shapes = [f"{p.label} has {' x '.join(map(str, p.values.shape))}" for p in (first, panel)]
             raise UserError(f"--difference needs runs with the same layers x heads; {', '.join(shapes)}.")
-        panel.values = panel.values.astype(np.float64) - first.values
-        panel.label = f"{panel.label} minus {first.label}"
-    return others
+        minuend, subtrahend = (
+            relative_entropy(p.values, common.seq_len(p.run)) if relative else p.values.astype(np.float64)
+            for p in (panel, first)
+        )
+        panels.append(Panel(other, f"{label} minus {labels[0]}", found, at, minuend - subtrahend, said))
+    return panels
+
+
+def _common_step(first: Run, other: Run, step: int | None, source: str | None) -> tuple[str, int, str]:
+    """(source, step, words): the step asked for, else the newest of both; an error names the steps both have."""
+    name, steps, _ = common.sourced(first, "attn_entropy", source)
+    found, others, _ = common.sourced(other, "attn_entropy", source)
+    if found != name:  # only one of them has a probe
+        name = "train"
+        steps, others = (common.sourced(run, "attn_entropy", name)[1] for run in (first, other))
+    both = np.intersect1d(steps, others)
+    if not len(both):
+        each = [f"{run.directory} has {common.listed(at)}" for run, at in ((first, steps), (other, others))]
+        raise UserError(f"--difference: the runs have no record of the same step; {', '.join(each)}.")
+    if step is not None and step not in both:
+        raise UserError(
+            f"--difference --step {step}: {first.directory} and {other.directory} do not both have a record there; "
+            f"both have: {common.listed(both)}."
+        )
+    newest = int(both[-1])
+    said = ", the newest that both have" if step is None and (steps[-1] != newest or others[-1] != newest) else ""
+    return name, newest if step is None else step, said
 
 
 def _scale(panels: Sequence[Panel], relative: bool, difference: bool) -> Scale:
@@ -133,7 +165,7 @@ def _draw(panels: Sequence[Panel], fig: FigureBase, scale: Scale) -> None:
 
 
 def _title(panel: Panel, inches: float) -> str:
-    text = f"{panel.label}\n{common.describe(panel.run)}\n{panel.source} batch, step {panel.step}"
+    text = f"{panel.label}\n{common.describe(panel.run)}\n{panel.source} batch, step {panel.step}{panel.said}"
     return common.wrapped(text, inches)
 
 
@@ -203,7 +235,7 @@ def _annotate(ax: Axes, values: np.ndarray, scale: Scale, width: float, height: 
 def main(argv: Sequence[str] | None = None) -> int:
     p = common.parser(__doc__)
     common.add_source(p)
-    p.add_argument("--difference", action="store_true", help="each run minus the first one")
+    p.add_argument("--difference", action="store_true", help="each run minus the first one, at a step of both")
     return common.command(
         p,
         "entropy_heatmap",

@@ -85,6 +85,36 @@ def test_differences_are_to_the_first_run_and_centred_on_0(runs: dict[str, Run],
         draw("entropy_heatmap", [runs["6x8"], runs["24x16"]], difference=True)
 
 
+def test_a_difference_is_of_one_step_that_both_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make_run(tmp_path / "R", 2, 2, name="R", steps=(0, 2, 300))
+    other = make_run(tmp_path / "G", 2, 2, name="G", seed=2, steps=(0, 2, 4))
+    fig, rows = draw("entropy_heatmap", [first, other], difference=True)
+    assert "G minus R" in texts(fig)
+    assert "probe batch, step 2, the newest that both have" in texts(fig).replace("\n", " ")
+    assert {row["step"] for row in rows} == {2}
+    expected = other.probe_entropy[1].astype(float) - first.probe_entropy[1]
+    assert [row["difference"] for row in rows] == pytest.approx(expected.ravel().tolist())
+    fig, rows = draw("entropy_heatmap", [first, other], difference=True, step=0)
+    assert "step 0\n" in texts(fig)
+    assert {row["step"] for row in rows} == {0}
+    assert command("entropy_heatmap", first.directory, other.directory, "--difference", "--step", 4) == EXIT_CONFIG
+    assert "both have: 0, 2." in capsys.readouterr().err
+
+
+def test_a_difference_of_runs_without_a_common_step_is_refused(tmp_path: Path) -> None:
+    first, other = (make_run(tmp_path / str(step), 2, 2, steps=(step,)) for step in (3, 4))
+    with pytest.raises(UserError, match=r"no record of the same step; .*has 3, .*has 4\."):
+        draw("entropy_heatmap", [first, other], difference=True)
+
+
+def test_a_difference_is_never_of_a_probe_and_a_training_batch(runs: dict[str, Run], tmp_path: Path) -> None:
+    without = make_run(tmp_path / "without", 6, 8, probe=False, seed=2)
+    _, rows = draw("entropy_heatmap", [runs["6x8"], without], difference=True)
+    expected = without.entropy[-1].astype(float) - runs["6x8"].entropy[-1]
+    assert {row["source"] for row in rows} == {"train"}
+    assert [row["difference"] for row in rows] == pytest.approx(expected.ravel().tolist())
+
+
 def test_the_title_says_what_it_shows(runs: dict[str, Run], tmp_path: Path) -> None:
     fig, _ = draw("entropy_heatmap", [runs["6x8"]], step=100)
     assert "clean-6x8\nno block norms, final norm kept\nprobe batch, step 100" in texts(fig)
