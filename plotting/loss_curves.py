@@ -1,7 +1,7 @@
 """Loss over the training steps: every seed a thin line, the mean of a configuration and its 95 % interval on top.
 
-Mean and band end where a seed of the configuration ends, so that they never become those of the survivors. A run that
-diverged or failed ends in a cross at its last finite value.
+Mean and band end where a seed of the configuration ends, so that they never become those of the survivors. A cross
+stands at the step at which a run was lost, as high as its last finite value; dots lead there from that value.
 """
 
 import sys
@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from normfree.errors import UserError
 from normfree.runs import Run
 from plotting import common
-from plotting.seeds import Group, group, is_lost, mean_interval
+from plotting.seeds import Group, group, is_lost, lost_at, mean_interval
 
 DEFAULT = ("train/loss", "val/loss")
 UNITS = {
@@ -27,6 +27,11 @@ UNITS = {
     "grad_norm": "Gradient norm",
     "lr": "Learning rate",
     "tokens_per_second": "Tokens per second",
+}
+# Label of a mark -> its marker, and what the legend says: the step of the loss, or the last value where it is unknown.
+CROSSES = {
+    "lost": ("x", "run lost at this step (height: its last value)"),
+    "last": ("+", "last value of a run that was lost"),
 }
 
 
@@ -68,7 +73,7 @@ def plot(
     for ax, metric in zip(axes, metrics, strict=True):
         for i, g in enumerate(groups):
             lines = [_line(run, metric, step) for run in g.runs]
-            _draw(ax, lines, common.COLOURS[i % len(common.COLOURS)], common.line_style(i))
+            _draw(ax, lines, common.COLOURS[i % len(common.COLOURS)], common.line_style(i), step)
             rows += _rows(g, metric, lines)
         _axes(ax, metric, log, limits)
     _legend(fig, groups, labels)
@@ -89,7 +94,7 @@ def _line(run: Run, metric: str, step: int | None) -> Line:
     return Line(run, steps, values)
 
 
-def _draw(ax: Axes, lines: Sequence[Line], colour: str, style: object) -> None:
+def _draw(ax: Axes, lines: Sequence[Line], colour: str, style: object, until: int | None) -> None:
     alone = len(lines) == 1
     for line in lines:
         steps, values = line.steps[line.finite], line.values[line.finite]
@@ -97,12 +102,22 @@ def _draw(ax: Axes, lines: Sequence[Line], colour: str, style: object) -> None:
         marker = "o" if len(steps) == 1 else None
         ax.plot(steps, values, color=colour, marker=marker, ms=3, label=f"seed {line.run.config.seed}", **thin)
         if is_lost(line.run) and len(steps):
-            ax.plot(steps[-1], values[-1], "x", color=colour, ms=6, mew=1.6, zorder=5, label="lost")
+            _cross(ax, steps[-1], values[-1], lost_at(line.run), colour, until)
     if not alone:
         steps, samples = common_steps(lines)
         mean, half = mean_interval(samples)
         ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         ax.plot(steps, mean, color=colour, linestyle=style, linewidth=1.5, label="mean")
+
+
+def _cross(ax: Axes, last: int, value: float, lost: int | None, colour: str, until: int | None) -> None:
+    """Mark where a run was lost, which may be many steps after its last value; nothing if that is yet to come."""
+    if lost is not None and until is not None and lost > until:
+        return
+    label = "last" if lost is None else "lost"
+    at = last if lost is None else lost
+    ax.plot([last, at], [value, value], ":", color=colour, linewidth=0.8)
+    ax.plot(at, value, CROSSES[label][0], color=colour, ms=6, mew=1.6, zorder=5, label=label)
 
 
 def common_steps(lines: Sequence[Line]) -> tuple[np.ndarray, np.ndarray]:
@@ -146,8 +161,10 @@ def _legend(fig: FigureBase, groups: Sequence[Group], labels: Sequence[str]) -> 
     ]
     if any(len(g.runs) > 1 for g in groups):
         handles.append(Line2D([], [], color=common.GREY, linewidth=0.5, label="thin: one seed; band: 95 % t interval"))
-    if any(g.lost for g in groups):
-        handles.append(Line2D([], [], color=common.GREY, marker="x", linestyle="", mew=1.6, label="run lost here"))
+    drawn = {line.get_label() for ax in fig.axes for line in ax.get_lines()}  # type: ignore[attr-defined]
+    for label, (marker, text) in CROSSES.items():
+        if label in drawn:
+            handles.append(Line2D([], [], color=common.GREY, marker=marker, linestyle="", mew=1.6, label=text))
     fig.legend(handles=handles, loc="outside lower left")
 
 

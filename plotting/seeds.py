@@ -48,6 +48,21 @@ def is_lost(run: Run) -> bool:
     return status in LOST or (status == "finished" and not math.isfinite(final(run, "val/loss")))
 
 
+def lost_at(run: Run) -> int | None:
+    """The step at which a lost run was lost; None where nothing says it (a failed run, say).
+
+    A run that diverged knows its step. One that trained on was lost at the first record since which no training loss
+    was finite.
+    """
+    if run.status.get("status") in LOST:
+        step = run.status.get("last_step")
+        return step if isinstance(step, int) else None
+    steps, values = run.series("train/loss")
+    finite = np.flatnonzero(np.isfinite(values))
+    after = steps[finite[-1] + 1 :] if len(finite) else steps
+    return int(after[0]) if len(after) else None
+
+
 def final(run: Run, metric: str) -> float:
     """The metric at the last recorded step; NaN where it was not recorded there, however good it was before."""
     return float(run.metrics[metric].iloc[-1]) if metric in run.metrics else math.nan
