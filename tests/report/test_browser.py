@@ -15,6 +15,7 @@ import pytest
 from fixtures.make_runs import make_run
 
 from normfree.heads import range_shares
+from normfree.records import RunWriter
 from normfree.report import build, write
 from normfree.runs import Run, load_run
 
@@ -208,6 +209,24 @@ def test_the_lost_run_is_visibly_lost(page: Any) -> None:
     choose(page, "#fault-kind", "nan")
     assert "First record with NaN: step 200, layer 3, feed-forward hidden layer (12 elements)" in fault_words(page)
     assert "no NaN and no Inf in 30 records" in page.find_element("id", "fault-clean").text
+
+
+def test_the_cross_stands_at_the_step_of_the_status(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 2, 3, status="diverged", steps=(0, 5, 10))
+    writer = RunWriter(run.directory)
+    writer.status(last_step=20)
+    writer.close()
+    write(build([load_run(run.directory)]), tmp_path / "report.html")
+    page = opened(browser, (tmp_path / "report.html").as_uri())
+    places = (
+        "const box = (s) => document.querySelector('#loss-plot ' + s).getBBox();"
+        "const [cross, line] = [box('path.lost'), box('path.line')];"
+        "return [cross.x + cross.width / 2, line.x, line.x + line.width]"
+    )
+    cross, first, last = page.execute_script(places)
+    assert cross - first == pytest.approx(2 * (last - first), abs=1)
+    title = page.execute_script("return document.querySelector('#loss-plot path.lost title').textContent")
+    assert title.endswith(": lost at step 20")
 
 
 def test_unchecking_a_run_takes_it_out_of_everything(page: Any) -> None:

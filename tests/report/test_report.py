@@ -142,7 +142,21 @@ def test_a_real_run_has_a_page(train_tiny: Any) -> None:
 def test_a_run_that_trained_on_with_a_loss_that_is_not_finite_is_lost(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", lost_from=300)
     assert run.status["status"] == "finished"
-    assert embedded(build([run]))[0]["lost"]
+    data = embedded(build([run]))[0]
+    assert data["lost"]
+    assert data["lost_at"] == 300
+
+
+def test_a_run_is_lost_at_the_step_of_its_status(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="diverged", steps=(0, 5, 10))
+    assert run_data(run, "run")["lost_at"] == 10
+    writer = RunWriter(run.directory)
+    writer.status(last_step=20)
+    assert run_data(load_run(run.directory), "run")["lost_at"] == 20
+    writer.status(status="failed", last_step=None)
+    assert run_data(load_run(run.directory), "run")["lost_at"] is None
+    writer.close()
+    assert run_data(make_run(tmp_path / "well", steps=(0,)), "well")["lost_at"] is None
 
 
 # ----------------------------------------------------------------------------------------------- words, and no more

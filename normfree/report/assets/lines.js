@@ -2,7 +2,7 @@
 
 const SVG_PAD = { left: 46, right: 12, top: 22, bottom: 34 };
 
-// spec: lines [{name, colour, dash, x, y, lost, points, more(i)}], xName, yName, log, xLog, low, high, yTicks,
+// spec: lines [{name, colour, dash, x, y, lost, lostAt, points, more(i)}], xName, yName, log, xLog, low, high, yTicks,
 // refs [{y, name}], marks [{x, colour, name}], height, cursor, xWord, whole (ticks at whole numbers only), empty.
 // Returns {cursor(step)}, which moves the line that stands at the chosen step.
 function lineChart(host, spec) {
@@ -56,6 +56,7 @@ function chartEnds(spec) {
       y0 = Math.min(y0, value);
       y1 = Math.max(y1, value);
     }
+    if (Number.isFinite(line.lostAt)) x1 = Math.max(x1, line.lostAt);
   }
   if (y0 > y1 || x0 > x1) return null;
   const room = spec.log ? 1.06 : (y1 - y0) * 0.05 || Math.abs(y1) * 0.05 || 0.5;
@@ -98,7 +99,8 @@ function axes(spec, x, y, width, height) {
   return parts;
 }
 
-// A line breaks where a value is not finite; a value between two breaks is a dot; a lost run ends in a cross.
+// A line breaks where a value is not finite; a value between two breaks is a dot. Where a run was lost there is a cross,
+// as high as its last value.
 function drawLine(line, x, y) {
   const parts = [];
   let path = "";
@@ -120,7 +122,7 @@ function drawLine(line, x, y) {
   stroke.style.stroke = line.colour;
   parts.unshift(stroke);
   if (line.points && line.x.length <= 64) parts.push(...dots(line, x, y));
-  if (line.lost && last) parts.push(cross(line, ...last));
+  if (line.lost && last) parts.push(...cross(line, x, ...last));
   return parts;
 }
 
@@ -135,12 +137,19 @@ function dot(line, cx, cy) {
   return node;
 }
 
-function cross(line, cx, cy) {
-  return svg(
+// At the step at which the run was lost, with dots from its last value; on that value where the step is unknown.
+function cross(line, x, lastX, cy) {
+  const known = Number.isFinite(line.lostAt);
+  const cx = known ? x(line.lostAt) : lastX;
+  const lead = svg("line", { class: "lead", x1: lastX, x2: cx, y1: cy, y2: cy });
+  lead.style.stroke = line.colour;
+  const text = known ? `lost at step ${words(line.lostAt)}` : "lost after this, its last value";
+  const mark = svg(
     "path",
     { class: "lost", d: `M${cx - 5},${cy - 5}l10,10m0,-10l-10,10` },
-    svg("title", {}, `${line.name}: lost here`),
+    svg("title", {}, `${line.name}: ${text}`),
   );
+  return [lead, mark];
 }
 
 // Hover and arrow keys: the value of every line at its own record nearest to the place.

@@ -51,6 +51,7 @@ function scalarLine(i, metric) {
     x: curve.steps,
     y: curve.values,
     lost: RUNS[i].lost,
+    lostAt: RUNS[i].lost_at,
     points: curve.steps.length < 24,
   };
 }
