@@ -13,6 +13,7 @@ from normfree.runs import Run
 from plotting import common
 
 PANEL_HEIGHT = 1.7  # inches of the axes alone
+MARKED = 64  # records: more would be marks that touch
 
 
 @dataclass
@@ -74,14 +75,19 @@ def deepest(curves: Sequence[Curves]) -> int:
     return max(c.n_layer for c in curves)
 
 
-def draw(ax: Axes, curves: Curves, n_layer: int) -> None:
-    """One line a layer, dark to bright from the input to layer `n_layer` - 1; a lone record is a row of points."""
+def draw(ax: Axes, curves: Curves, n_layer: int, *, held: bool = False) -> None:
+    """One line a layer, dark to bright from the input to layer `n_layer` - 1; a lone record is a row of points.
+
+    `held`: nothing is claimed between records, which are marked; a line keeps its value until the next one.
+    """
     colours = common.sequential(n_layer)[: curves.n_layer]
-    marker = "o" if len(curves.steps) == 1 else None
+    n = len(curves.steps)
+    look = {"marker": "o" if n == 1 or (held and n <= MARKED) else None, "ms": 2.2 if held else 3}
+    drawstyle = "steps-post" if held else "default"
     for layer, colour in enumerate(colours):
         style = common.layer_style(layer, n_layer)
-        label = f"layer {layer}"
-        ax.plot(curves.steps, curves.values[:, layer], color=colour, linestyle=style, marker=marker, ms=3, label=label)
+        line = {"color": colour, "linestyle": style, "drawstyle": drawstyle, "label": f"layer {layer}"}
+        ax.plot(curves.steps, curves.values[:, layer], **line, **look)
 
 
 def key(fig: FigureBase, axes: Sequence[Axes], curves: Sequence[Curves]) -> None:

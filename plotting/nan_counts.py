@@ -1,7 +1,8 @@
 """NaN (or Inf) counts of each layer over the training steps, and where the first one appeared.
 
 NaN travels upwards, so a count says that the trouble began at or below its layer. `--site attn_probs` is the unit of
-the original study: NaN attention probabilities per head.
+the original study: NaN attention probabilities per head. A mark is a record, and nothing is known of the steps between
+two: the line keeps the last count until the next.
 """
 
 import sys
@@ -27,6 +28,7 @@ WHERE = {
     "v": "elements in each layer's values",
     "mlp_hidden": "elements in each feed-forward's hidden layer",
 }
+HEADROOM = 1.35  # of the largest count: above it are only the words about the first one
 
 
 def plot(
@@ -46,12 +48,14 @@ def plot(
     axes = layers.panels(fig, curves, f"{KINDS[kind]} {WHERE[site]}", "batches")
     for ax, c in zip(axes, curves, strict=True):
         if c.values.any():
-            layers.draw(ax, c, layers.deepest(curves))
+            layers.draw(ax, c, layers.deepest(curves), held=True)
+            if len(c.steps) <= layers.MARKED:
+                ax.set_xlabel("Training step (marks: records)")
             _first(ax, c, KINDS[kind])
         else:
             _nothing(ax, c, KINDS[kind])
     if found:
-        axes[0].set_ylim(0, 1.1 * max(c.values.max() for c in found))
+        axes[0].set_ylim(0, HEADROOM * max(c.values.max() for c in found))
         axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
         layers.key(fig, axes, curves)
     else:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from drawing import command, draw
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from normfree.errors import EXIT_CONFIG, UserError
 from normfree.heads import entropy_ceiling
 from normfree.runs import Run
+from plotting import common
 
 PAPER = json.loads((Path(__file__).parents[1] / "fixtures" / "paper_heatmaps.json").read_text(encoding="utf-8"))
 
@@ -175,6 +177,30 @@ def test_a_run_without_nan_says_so(runs: dict[str, Run]) -> None:
 def test_the_first_nan_is_named(runs: dict[str, Run]) -> None:
     fig, _ = draw("nan_counts", [runs["nan-6x8"]])
     assert "first NaN: step 300, layer 3" in texts(fig).replace(",\n", ", ")
+
+
+def test_no_count_is_claimed_between_records(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 2, 2, nan_from=20, steps=(0, 10, 20))
+    fig, _ = draw("nan_counts", [run])
+    line = fig.axes[0].get_lines()[1]
+    assert "marks: records" in texts(fig)
+    assert (line.get_drawstyle(), line.get_marker()) == ("steps-post", "o")  # 0 up to step 20, and a mark there
+    many = make_run(tmp_path / "many", 1, 1, nan_from=20, steps=tuple(range(200)))
+    assert draw("nan_counts", [many])[0].axes[0].get_lines()[0].get_marker() == "None"
+
+
+@pytest.mark.parametrize("width", common.WIDTHS)
+def test_no_line_crosses_the_words_about_the_first_nan(tmp_path: Path, width: float) -> None:
+    starts = (0, 50, 300, 500)
+    fig, _ = draw(
+        "nan_counts", [make_run(tmp_path / f"from{i}", 12, 1, name=f"{i}", nan_from=i) for i in starts], width
+    )
+    with matplotlib.rc_context(common.STYLE):
+        common.make_room(fig)
+    for ax in fig.axes[: len(starts)]:
+        words = ax.texts[0].get_window_extent()
+        highest = max(np.nanmax(line.get_ydata()) for line in ax.get_lines() if "layer" in str(line.get_label()))
+        assert words.y0 > ax.transData.transform((0, highest))[1] + 2
 
 
 def test_attention_probabilities_are_counted_per_head(runs: dict[str, Run]) -> None:
