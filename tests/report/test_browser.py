@@ -229,6 +229,23 @@ def test_the_cross_stands_at_the_step_of_the_status(browser: Any, tmp_path: Path
     assert title.endswith(": lost at step 20")
 
 
+def test_steps_between_records_do_not_look_as_if_they_had_nan(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 2, 3, nan_from=20, steps=(0, 10, 20))
+    write(build([load_run(run.directory)]), tmp_path / "report.html")
+    page = opened(browser, (tmp_path / "report.html").as_uri())
+    boxes = (
+        "return [...document.querySelectorAll('#fault-plots path.bad, #fault-plots path.clean')]"
+        ".map(p => p.getBBox()).filter(b => b.width).map(b => [b.x, b.width])"
+    )
+    (start, whole), *bad = page.execute_script(boxes)
+    assert bad
+    for left, width in bad:  # about step 20, of a row from 0 to 20
+        assert left + width == pytest.approx(start + whole, abs=1)
+        assert width < whole / 20
+    columns = page.find_element("css selector", "#fault-plots path.clean").get_attribute("d")
+    assert columns.count("M") == 3
+
+
 def test_unchecking_a_run_takes_it_out_of_everything(page: Any) -> None:
     page.find_element("css selector", "#picker summary").click()
     page.find_element("css selector", "#picker input[value='1']").click()

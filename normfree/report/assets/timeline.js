@@ -1,6 +1,7 @@
 // Counts of NaN and Inf: layers downwards, records from left to right, the first bad place marked.
 
 const LEVELS = [1e-4, 1e-3, 1e-2, 1e-1, 1];
+const COLUMN = 10; // pixels of a record at most: what lies between two records was not counted, and stays blank
 
 // Layers downwards, records from left to right, coloured by the share of elements that are bad at one site.
 // spec: steps, nLayer, share(record, layer), tell(record, layer), first {step, layer, name} or null, label.
@@ -12,7 +13,7 @@ function timeline(host, spec) {
   const n = spec.steps.length;
   const [low, high] = n > 1 ? [spec.steps[0], spec.steps[n - 1]] : [spec.steps[0] - 0.5, spec.steps[0] + 0.5];
   const x = scale(low, high, SVG_PAD.left, width - SVG_PAD.right - 4);
-  const edges = Array.from({ length: n + 1 }, (_, i) => edge(spec.steps, x, i));
+  const columns = Array.from({ length: n }, (_, i) => recordEnds(spec.steps, x, i));
   const root = svg("svg", {
     class: "chart",
     viewBox: `0 0 ${width} ${height}`,
@@ -22,8 +23,9 @@ function timeline(host, spec) {
     role: "img",
     "aria-label": `${spec.label}. Arrow keys read the counts.`,
   });
-  root.append(svg("rect", { class: "clean", x: edges[0], y: 30, width: edges[n] - edges[0], height: bottom - 30 }));
-  root.append(...badPaths(spec, edges, row));
+  const clean = columns.map(([left, right]) => box(left, 30, right, bottom - 30)).join("");
+  root.append(svg("path", { class: "clean", d: clean }));
+  root.append(...badPaths(spec, columns, row));
   for (let l = 0; l < spec.nLayer; l += Math.ceil(12 / row)) {
     root.append(svg("text", { x: SVG_PAD.left - 8, y: 30 + row * (l + 0.5) + 3.5, "text-anchor": "end" }, String(l)));
   }
@@ -36,26 +38,27 @@ function timeline(host, spec) {
   if (spec.first) root.append(...firstBad(spec, x, row, width, bottom));
   const cell = svg("rect", { class: "pick", visibility: "hidden", height: row });
   root.append(cell);
-  readCells(root, cell, spec, edges, row);
+  readCells(root, cell, spec, columns, x, row);
   host.replaceChildren(root);
 }
 
-// Left end of record i: half way to its neighbour.
-function edge(steps, x, i) {
-  if (i === 0) return x(steps[0]) - 3;
-  if (i === steps.length) return x(steps[steps.length - 1]) + 3;
-  return (x(steps[i - 1]) + x(steps[i])) / 2;
+// Left and right end of record i: around its step, and no further than half way to its neighbours.
+function recordEnds(steps, x, i) {
+  const at = x(steps[i]);
+  const left = i > 0 ? (at - x(steps[i - 1])) / 2 : COLUMN;
+  const right = i + 1 < steps.length ? (x(steps[i + 1]) - at) / 2 : COLUMN;
+  return [at - Math.min(left, COLUMN / 2), at + Math.min(right, COLUMN / 2)];
 }
 
 // One path a shade instead of one element a cell.
-function badPaths(spec, edges, row) {
+function badPaths(spec, columns, row) {
   const paths = LEVELS.map(() => "");
   for (let i = 0; i < spec.steps.length; i++) {
     for (let l = 0; l < spec.nLayer; l++) {
       const share = spec.share(i, l);
       if (!(share > 0)) continue;
       const level = LEVELS.findIndex((top) => share <= top);
-      paths[level < 0 ? LEVELS.length - 1 : level] += box(edges[i], 30 + row * l, edges[i + 1], row);
+      paths[level < 0 ? LEVELS.length - 1 : level] += box(columns[i][0], 30 + row * l, columns[i][1], row);
     }
   }
   return paths.map((d, k) => svg("path", { class: `bad bad-${k}`, d }));
@@ -82,10 +85,11 @@ function firstBad(spec, x, row, width, bottom) {
   return parts;
 }
 
-function readCells(root, cell, spec, edges, row) {
+function readCells(root, cell, spec, columns, x, row) {
   let [i, l] = [0, 0];
   const show = (clientX, clientY) => {
-    fill(cell, { x: edges[i], y: 30 + row * l, width: Math.max(2, edges[i + 1] - edges[i]), visibility: "visible" });
+    const [left, right] = columns[i];
+    fill(cell, { x: left, y: 30 + row * l, width: Math.max(2, right - left), visibility: "visible" });
     showTip(spec.tell(i, l), clientX, clientY);
   };
   const clamp = (v, n) => Math.min(Math.max(v, 0), n - 1);
@@ -95,7 +99,7 @@ function readCells(root, cell, spec, edges, row) {
   };
   root.addEventListener("pointermove", (event) => {
     const box = root.getBoundingClientRect();
-    i = clamp(recordAt(edges, event.clientX - box.left), spec.steps.length);
+    i = nearest(spec.steps, x.inverse(event.clientX - box.left));
     l = clamp(Math.floor((event.clientY - box.top - 30) / row), spec.nLayer);
     show(event.clientX, event.clientY);
   });
@@ -108,6 +112,6 @@ function readCells(root, cell, spec, edges, row) {
     event.preventDefault();
     [i, l] = [clamp(i + move[0], spec.steps.length), clamp(l + move[1], spec.nLayer)];
     const box = root.getBoundingClientRect();
-    show(box.left + edges[i], box.top + 30 + row * (l + 1));
+    show(box.left + columns[i][0], box.top + 30 + row * (l + 1));
   });
 }
