@@ -41,8 +41,6 @@ def plot(
     kind: str = "nan",
 ) -> list[common.Row]:
     """Draw a panel a run; return a row (run, step, layer, count) for every point."""
-    if (kind, site) == ("inf", "attn_probs"):
-        raise UserError("--kind inf --site attn_probs: a probability is never infinite. Choose another site.")
     curves = [_curves(*pair, step, source, site, kind) for pair in zip(runs, common.labels(runs), strict=True)]
     found = [c for c in curves if c.values.any()]
     axes = layers.panels(fig, curves, f"{KINDS[kind]} {WHERE[site]}", "batches")
@@ -67,8 +65,12 @@ def plot(
 def _curves(run: Run, label: str, step: int | None, source: str | None, site: str, kind: str) -> Curves:
     found, steps, values = common.sourced(run, f"{kind}_count", source, prefer="train")
     kept = layers.up_to(run, steps, step)
-    if SITES.index(site) >= values.shape[1]:
-        raise UserError(f"{run.directory} did not count at {site}; it has: {', '.join(SITES[: values.shape[1]])}.")
+    sites = SITES[: values.shape[1]]
+    if (kind, site) == ("inf", "attn_probs"):
+        others = ", ".join(name for name in sites if name != site)
+        raise UserError(f"--kind inf --site attn_probs: a probability is never infinite. Other sites: {others}.")
+    if site not in sites:
+        raise UserError(f"{run.directory} did not count at {site}; it has: {', '.join(sites)}.")
     counts = values[kept, SITES.index(site)]
     if site == "attn_probs":
         counts = counts / run.config.model.n_head

@@ -208,7 +208,7 @@ def test_attention_probabilities_are_counted_per_head(runs: dict[str, Run]) -> N
     fig, rows = draw("nan_counts", [run], site="attn_probs")
     assert [row["nan_count"] for row in rows] == (run.counts["attn_probs"] / 8).ravel().tolist()
     assert "per head" in texts(fig).replace("\n", " ")
-    with pytest.raises(UserError, match="never infinite"):
+    with pytest.raises(UserError, match=r"never infinite\. Other sites: block, attn, mlp, q, k, v, mlp_hidden\."):
         draw("nan_counts", [run], kind="inf", site="attn_probs")
 
 
