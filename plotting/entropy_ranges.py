@@ -16,6 +16,8 @@ from normfree.runs import Run
 from plotting import common
 
 MAXIMA = ("ceiling", "observed", "log_t")
+MOST = 14  # runs: every colour with two hatches; in narrower bars a hatch is not seen
+MOST_NARROW = 7  # in one column
 
 
 def plot(
@@ -31,6 +33,7 @@ def plot(
     `maximum`: what the quarters are of: the ceiling ln(T!)/T, the largest entropy observed in these runs, or ln T.
     """
     T = _one_seq_len(runs)
+    _few_enough(runs, common.size(fig)[0])
     found = []
     for run in runs:
         name, steps, values = common.sourced(run, "attn_entropy", source)
@@ -71,6 +74,21 @@ def _one_seq_len(runs: Sequence[Run]) -> int:
     return T
 
 
+def _few_enough(runs: Sequence[Run], width: float) -> None:
+    most = MOST_NARROW if width < 4 else MOST
+    if len(runs) > most:
+        wider = f", or {MOST} with --width {common.WIDTHS[1]}" if most < MOST else ""
+        raise UserError(
+            f"{len(runs)} runs are too many to tell their bars apart: at most {most}{wider}. Draw several figures."
+        )
+
+
+def look(i: int) -> tuple[str, str]:
+    """Colour and hatch of run i: when the colours are used up they come again with the next hatch."""
+    n = len(common.COLOURS)
+    return common.COLOURS[i % n], common.HATCHES[(i + i // n) % len(common.HATCHES)]
+
+
 def _maximum(maximum: str, T: int, values: Sequence[np.ndarray]) -> float:
     if maximum == "observed":
         largest = max((float(v[~np.isnan(v)].max()) for v in values if not np.isnan(v).all()), default=0.0)
@@ -104,7 +122,7 @@ def _draw(
     bar_width = 0.8 / n_run
     for i, (shares, name) in enumerate(zip(bars, legend, strict=True)):
         x = np.arange(n_group) + (i - (n_run - 1) / 2) * bar_width
-        colour, hatch = common.COLOURS[i % len(common.COLOURS)], common.HATCHES[i % len(common.HATCHES)]
+        colour, hatch = look(i)
         ax.bar(x, 100 * shares, 0.92 * bar_width, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=name)
         if bar_width * (width - 0.6) / n_group > 0.17:
             _numbers(ax, x, 100 * shares)

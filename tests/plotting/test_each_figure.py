@@ -242,3 +242,13 @@ def test_quarters_of_another_maximum(runs: dict[str, Run]) -> None:
     rows = draw("entropy_ranges", [runs["6x8"]], maximum="observed")[1]
     assert rows[-1]["high"] == pytest.approx(top)
     assert draw("entropy_ranges", [runs["6x8"]], maximum="log_t")[1][-1]["high"] == pytest.approx(np.log(128))
+
+
+def test_no_two_runs_look_the_same_and_more_than_that_are_refused(runs: dict[str, Run]) -> None:
+    fig, _ = draw("entropy_ranges", [runs["6x8"]] * 14)
+    looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in fig.axes[0].containers}
+    assert len(looks) == 14
+    with pytest.raises(UserError, match="15 runs are too many to tell their bars apart: at most 14"):
+        draw("entropy_ranges", [runs["6x8"]] * 15)
+    with pytest.raises(UserError, match=r"at most 7, or 14 with --width 6\.75"):
+        draw("entropy_ranges", [runs["6x8"]] * 8, 3.25)
