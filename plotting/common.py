@@ -8,6 +8,7 @@ as wide in the paper as they say.
 import argparse
 import csv
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,13 +25,13 @@ from matplotlib.ticker import MaxNLocator
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError
 from normfree.runs import Run, expand, norm_label
 from normfree.runs import labels as labels  # every script says common.labels
+from plotting.places import check_files, check_format
 from plotting.seeds import is_lost
 
 Row = dict[str, Any]
 Plot = Callable[[Sequence[Run], FigureBase, argparse.Namespace], list[Row]]
 
 WIDTHS = (3.25, 6.75)  # inches: one column, two columns
-FORMATS = ("png", "svg", "pdf")
 MAX_HEIGHT = 9.0  # inches: a page; heat maps shrink their cells to fit it
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -94,20 +95,27 @@ def command(p: argparse.ArgumentParser, script: str, plot: Plot, argv: Sequence[
         runs = expand(arguments.runs)
         runs = begun(runs)
         out = arguments.out or default_out(runs, script)
-        _check_format(out)
+        check_files(out, arguments.data)
         with matplotlib.rc_context(STYLE):
             fig = figure(arguments.width)
             rows = plot(runs, fig, arguments)
+            if arguments.data:
+                write_rows(arguments.data, rows)
             save(fig, out)
-        if arguments.data:
-            write_rows(arguments.data, rows)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(out)
-    if arguments.data:
-        print(arguments.data)
+    say([out, arguments.data] if arguments.data else [out])
     return EXIT_OK
+
+
+def say(lines: Sequence[object]) -> None:
+    """Print; whoever reads may have closed the pipe (`| head`), which is no error of the figure."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more as it exits: into nothing, then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def begun(runs: list[Run]) -> list[Run]:
@@ -156,14 +164,9 @@ def size(fig: FigureBase) -> tuple[float, float]:
     return box[2] / dpi, box[3] / dpi
 
 
-def _check_format(out: Path) -> None:
-    if out.suffix.lstrip(".").lower() not in FORMATS:
-        raise UserError(f"--out {out}: the ending must be one of: {', '.join('.' + f for f in FORMATS)}.")
-
-
 def save(fig: Figure, out: Path) -> None:
     """Write the figure under the fixed width, text kept as text, without a date (equal figures are equal files)."""
-    _check_format(out)
+    check_format(out)
     kind = out.suffix.lstrip(".").lower()
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     try:

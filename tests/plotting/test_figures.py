@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import subprocess
 import sys
@@ -114,6 +115,50 @@ def test_a_directory_that_cannot_be_written_is_one_message(
 def test_an_unknown_format_names_the_known_ones(runs: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
     assert command("loss_curves", runs["1x1"].directory, "--out", "x.jpeg") == EXIT_CONFIG
     assert ".png, .svg, .pdf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "code", "words"),
+    [
+        ("--data", "file/x.csv", EXIT_DIRECTORY, "file is no directory"),
+        ("--data", "folder.csv", EXIT_DIRECTORY, "it is a directory"),
+        ("--data", "x.txt", EXIT_CONFIG, "the ending must be .csv"),
+        ("--data", "locked/new/x.csv", EXIT_DIRECTORY, "no permission to write"),
+        ("--out", "locked/x.png", EXIT_DIRECTORY, "no permission to write"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is(
+    runs: dict[str, Run],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    name: str,
+    code: int,
+    words: str,
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("folder.csv", "locked"):
+        (tmp_path / folder).mkdir()
+    may = os.access  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked" and may(path, mode))
+    before = sorted(tmp_path.rglob("*"))
+    places = {"--out": "aa.png", "--data": "aa.csv"} | {option: name}
+    arguments = [part for key, place in places.items() for part in (key, tmp_path / place)]
+    assert command("loss_curves", runs["1x1"].directory, *arguments) == code
+    assert words in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_reader_who_closed_the_pipe_is_no_error(runs: dict[str, Run], tmp_path: Path) -> None:
+    script = Path(plotting.__file__).with_name("loss_curves.py")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(script), str(runs["1x1"].directory), "--out", "x.png"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (EXIT_OK, "")
+    assert (tmp_path / "x.png").is_file()
 
 
 def test_pdf_embeds_truetype_and_svg_keeps_text(runs: dict[str, Run], tmp_path: Path) -> None:
