@@ -1,6 +1,7 @@
 """The page as a file: its numbers are `load_run`'s, its words are harmless, and mistakes are named."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -249,6 +250,16 @@ def test_a_run_named_twice_is_shown_once(folder: Path, tmp_path: Path, capsys: p
     assert main([str(folder / "a"), str(folder), "--out", str(tmp_path / "r.html")]) == 0
     assert "3 runs" in capsys.readouterr().out
     assert [data["label"] for data in embedded((tmp_path / "r.html").read_text())][0] == "clean"
+
+
+def test_a_reader_who_closed_the_pipe_is_no_error(folder: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "normfree.report", str(folder), "--out", str(tmp_path / "r.html")]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "r.html").is_file()
 
 
 def test_the_same_runs_make_the_same_page(folder: Path, page: str) -> None:
