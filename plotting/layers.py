@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,11 +83,11 @@ def draw(ax: Axes, curves: Curves, n_layer: int, *, held: bool = False) -> None:
     """
     colours = common.sequential(n_layer)[: curves.n_layer]
     n = len(curves.steps)
-    look = {"marker": "o" if n == 1 or (held and n <= MARKED) else None, "ms": 2.2 if held else 3}
+    look: dict[str, Any] = {"marker": "o" if n == 1 or (held and n <= MARKED) else None, "ms": 2.2 if held else 3}
     drawstyle = "steps-post" if held else "default"
     for layer, colour in enumerate(colours):
         style = common.layer_style(layer, n_layer)
-        line = {"color": colour, "linestyle": style, "drawstyle": drawstyle, "label": f"layer {layer}"}
+        line: dict[str, Any] = {"color": colour, "linestyle": style, "drawstyle": drawstyle, "label": f"layer {layer}"}
         ax.plot(curves.steps, curves.values[:, layer], **line, **look)
 
 

@@ -76,7 +76,7 @@ def plot(
             _draw(ax, lines, common.COLOURS[i % len(common.COLOURS)], common.line_style(i), step)
             rows += _rows(g, metric, lines)
         _axes(ax, metric, log, limits)
-    _legend(fig, groups, labels)
+    _legend(fig, axes, groups, labels)
     return rows
 
 
@@ -154,14 +154,14 @@ def _axes(ax: Axes, metric: str, log: bool, limits: tuple[float, float] | None) 
         ax.set_ylim(*limits)
 
 
-def _legend(fig: FigureBase, groups: Sequence[Group], labels: Sequence[str]) -> None:
+def _legend(fig: FigureBase, axes: Sequence[Axes], groups: Sequence[Group], labels: Sequence[str]) -> None:
     handles = [
         Line2D([], [], color=common.COLOURS[i % len(common.COLOURS)], linestyle=common.line_style(i), label=label)
         for i, label in enumerate(labels)
     ]
     if any(len(g.runs) > 1 for g in groups):
         handles.append(Line2D([], [], color=common.GREY, linewidth=0.5, label="thin: one seed; band: 95 % t interval"))
-    drawn = {line.get_label() for ax in fig.axes for line in ax.get_lines()}  # type: ignore[attr-defined]
+    drawn = {line.get_label() for ax in axes for line in ax.get_lines()}
     for label, (marker, text) in CROSSES.items():
         if label in drawn:
             handles.append(Line2D([], [], color=common.GREY, marker=marker, linestyle="", mew=1.6, label=text))
