@@ -188,7 +188,8 @@ def _fit(fig: FigureBase, panels: Sequence[Panel], titles: Sequence[str], column
 def _colour_bar(fig: FigureBase, mesh: QuadMesh, axes: Sequence[Axes], scale: Scale, width: float) -> None:
     """Below all panels, so that its words have room however flat the maps are."""
     bar = fig.colorbar(mesh, ax=axes, location="bottom", aspect=width / 0.14, pad=0.02, ticks=scale.ticks, panchor="NW")
-    numbers = [f"{tick:.2f}" for tick in scale.ticks]
+    digits = ".2f" if scale.high >= 0.1 else ".2g"  # differences may be tiny
+    numbers = [f"{tick:{digits}}" for tick in scale.ticks]
     bar.ax.set_xticklabels([f"{n}\n{word}".strip() for n, word in zip(numbers, scale.words, strict=True)])
     bar.set_label(common.wrapped(scale.label, width - 0.4))
     bar.outline.set_visible(False)

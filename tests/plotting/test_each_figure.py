@@ -79,6 +79,9 @@ def test_differences_are_to_the_first_run_and_centred_on_0(runs: dict[str, Run],
     (mesh,) = (c for c in maps(fig)[0].collections if isinstance(c, QuadMesh))
     low, high = mesh.get_clim()
     assert (-low, high) == pytest.approx((0.5, 0.5))
+    tiny = make_run(tmp_path / "tiny", 2, 2, entropy=entropies[0] + 0.002, steps=(0,))
+    fig, _ = draw("entropy_heatmap", [first, tiny], difference=True, source="train")
+    assert [t.get_text() for t in fig.axes[-1].get_xticklabels()] == ["-0.002", "-0.001", "0", "0.001", "0.002"]
     with pytest.raises(UserError, match="at least two runs"):
         draw("entropy_heatmap", [runs["6x8"]], difference=True)
     with pytest.raises(UserError, match="24 x 16"):
