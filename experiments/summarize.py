@@ -24,7 +24,7 @@ from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, unknown
 from normfree.heads import range_shares
 from normfree.records import write_atomically
 from normfree.runs import Run, expand, norm_label
-from plotting.common import seq_len, sourced
+from plotting.common import say, seq_len, sourced
 from plotting.seeds import Group, differing_keys, final, group, is_lost, mean_interval
 
 DASH = "-"
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print("\n".join(map(str, paths)))
+    say(paths)
     return EXIT_OK
 
 

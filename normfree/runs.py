@@ -36,6 +36,7 @@ MANIFEST = "MANIFEST.json"  # what a checkpoint directory has and a run director
 # values; the feed-forward's hidden layer, after its activation. New ones go last: older records have the first of them.
 SITES = ("block", "attn", "mlp", "attn_probs", "q", "k", "v", "mlp_hidden")
 IN_ORDER = ("q", "k", "v", "attn_probs", "attn", "mlp_hidden", "mlp", "block")  # in which a block computes them
+LOST = ("diverged", "failed")  # statuses
 TIMES = ("seconds", "tokens_per_second")  # the only scalars that two runs of the same bits may differ in
 
 
@@ -185,6 +186,21 @@ class Run:
     def to_csv(self, path: str | Path) -> None:
         """The scalars as CSV."""
         self.metrics.to_csv(path, index=False)
+
+
+def lost_at(run: Run) -> int | None:
+    """The step at which a lost run was lost; None where nothing says it (a failed run, say).
+
+    A run that diverged knows its step. One that trained on was lost at the first record since which no training loss
+    was finite.
+    """
+    if run.status.get("status") in LOST:
+        step = run.status.get("last_step")
+        return step if isinstance(step, int) else None
+    steps, values = run.series("train/loss")
+    finite = np.flatnonzero(np.isfinite(values))
+    after = steps[finite[-1] + 1 :] if len(finite) else steps
+    return int(after[0]) if len(after) else None
 
 
 def is_run(directory: str | Path) -> bool:

@@ -9,9 +9,8 @@ from numpy.typing import ArrayLike
 
 from normfree.config import Config, flat_keys, weights_hash, weights_settings
 from normfree.errors import UserError
-from normfree.runs import Run
+from normfree.runs import LOST, Run
 
-LOST = ("diverged", "failed")
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 T_TABLE = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -46,21 +45,6 @@ def is_lost(run: Run) -> bool:
     """Diverged, failed, or finished on a validation loss that is not finite (`nan_policy=log` trains on)."""
     status = run.status.get("status")
     return status in LOST or (status == "finished" and not math.isfinite(final(run, "val/loss")))
-
-
-def lost_at(run: Run) -> int | None:
-    """The step at which a lost run was lost; None where nothing says it (a failed run, say).
-
-    A run that diverged knows its step. One that trained on was lost at the first record since which no training loss
-    was finite.
-    """
-    if run.status.get("status") in LOST:
-        step = run.status.get("last_step")
-        return step if isinstance(step, int) else None
-    steps, values = run.series("train/loss")
-    finite = np.flatnonzero(np.isfinite(values))
-    after = steps[finite[-1] + 1 :] if len(finite) else steps
-    return int(after[0]) if len(after) else None
 
 
 def final(run: Run, metric: str) -> float:

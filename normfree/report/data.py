@@ -14,12 +14,11 @@ from normfree.errors import EXIT_DIRECTORY, UserError
 from normfree.heads import entropy_ceiling
 from normfree.records import ArrayInfo
 from normfree.report.packing import MAX_LAYER_RECORDS, MAX_RECORDS, kept_records, pack, thinned
-from normfree.runs import SITES, TIMES, Run
+from normfree.runs import LOST, SITES, TIMES, Run, lost_at
 
 SOURCES = ("probe", "train")  # the fixed validation probe in eval mode; the training batch
 # The sites of one layer in the order in which they are computed.
 EXECUTION = ("q", "k", "v", "attn_probs", "attn", "mlp_hidden", "mlp", "block")
-LOST = ("diverged", "failed")
 OVER_HEADS = {"max_score": "largest"}  # how (layer, head) becomes (layer,); every other statistic: the mean
 WITH_HEADS = ("attn_entropy", "effective_width")  # drawn head by head elsewhere
 MAX_SNAPSHOTS = 6
@@ -41,22 +40,6 @@ def is_lost(run: Run) -> bool:
     return status == "finished" and values is not None and not math.isfinite(values[-1])
 
 
-def lost_at(run: Run) -> int | None:
-    """The step at which a lost run was lost: as its status says, or since when no training loss was finite.
-
-    None where neither says it.
-    """
-    if not is_lost(run):
-        return None
-    if run.status.get("status") in LOST:
-        step = run.status.get("last_step")
-        return step if isinstance(step, int) else None
-    steps, values = run.series("train/loss")
-    finite = np.flatnonzero(np.isfinite(values))
-    after = steps[finite[-1] + 1 :] if len(finite) else steps
-    return int(after[0]) if len(after) else None
-
-
 def run_data(run: Run, label: str) -> dict[str, Any]:
     """Everything the scripts know of a run; whatever was not recorded is absent or empty."""
     T = seq_len(run)
@@ -72,7 +55,7 @@ def run_data(run: Run, label: str) -> dict[str, Any]:
         "n_head": run.config.model.n_head,
         "status": str(run.status.get("status", "unknown")),
         "lost": is_lost(run),
-        "lost_at": lost_at(run),
+        "lost_at": lost_at(run) if is_lost(run) else None,
         "fault": found,
         "first": first,
         "events": events(run),

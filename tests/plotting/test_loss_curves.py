@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from normfree.errors import UserError
 from normfree.records import RunWriter
-from normfree.runs import Run, expand, load_run
+from normfree.runs import Run, expand, load_run, lost_at
 from plotting import common
-from plotting.seeds import group, lost_at
+from plotting.seeds import group
 
 
 def test_seeds_are_thin_lines_with_a_mean_that_ends_where_one_is_lost(sweep: Path) -> None:
