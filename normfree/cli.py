@@ -4,6 +4,8 @@ Only this file and words.py, which looks at what was typed, know Hydra. A user's
 stderr and an exit code.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import Config, flat_keys, help_lines, resolve, resolve_vocabulary
+from normfree.config import Config, flat_keys, resolve, resolve_vocabulary
 from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError
 from normfree.kinds import shown
 from normfree.plugins import load_plugin
 from normfree.records import write_atomically
 from normfree.rules import cross_faults, validate, value_faults
 from normfree.runs import is_checkpoint, is_run
-from normfree.words import CONF, KEYS, Typed, groups, parse, read, split_words, values_of
+from normfree.words import CONF, KEYS, Typed, groups, help_text, lists, parse, read, split_words, values_of
 
 PROCESS_VARIABLE = "NORMFREE_PROCESS"  # the process that was started; others are workers of a parallel sweep
 PLUGINS_VARIABLE = "NORMFREE_PLUGINS"  # how `--plugin` reaches the processes of a parallel sweep
@@ -259,22 +262,6 @@ def _fail(error: UserError) -> int:
     return error.exit_code
 
 
-def _take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split `--plugin FILE` (or `--plugin=FILE`) off the command line."""
-    rest, paths, words = [], [], iter(argv)
-    for word in words:
-        if word == "--plugin":
-            path = next(words, None)
-            if path is None:
-                raise UserError("--plugin needs a file: --plugin my_norm.py")
-            paths.append(path)
-        elif word.startswith("--plugin="):
-            paths.append(word.removeprefix("--plugin="))
-        else:
-            rest.append(word)
-    return rest, [str(Path(path).resolve()) for path in paths]
-
-
 def _sweep_summary(folder: Path, number_of_jobs: int) -> int:
     """Print how every job of a sweep ended; 0 where all finished, else the first other exit code."""
     from rich.console import Console
@@ -293,17 +280,18 @@ def _sweep_summary(folder: Path, number_of_jobs: int) -> int:
     return next((job["exit_code"] for _, job in sorted(jobs.items()) if job["exit_code"]), EXIT_OK)
 
 
-def print_help() -> None:
-    """Usage, choices and every key with its default and meaning."""
-    print("python run.py [model=...] [size=...] [norm=...] [act=...] [data=...] [experiment=...] [key=value ...]")
-    print("python run.py -m key=a,b ...          a sweep; in parallel with hydra/launcher=joblib")
-    print("python run.py --plugin FILE.py ...    with norms, activations or statistics of your own\n\nChoices")
-    for name, choices in sorted(groups().items()):
-        print(f"  {name:11} {', '.join(choices)}")
-    print("\nKeys (* changes the weights)")
-    for line in help_lines():
-        print("  " + line)
-    print("\nHydra's own options: --hydra-help")
+@contextlib.contextmanager
+def _printed_at_once() -> Iterator[None]:
+    """What is printed inside goes out in one piece; a reader that has enough of it (`| head -3`) ends it quietly."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        try:
+            print(text.getvalue(), end="", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it breaks once more at exit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -312,12 +300,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[PROCESS_VARIABLE] = str(os.getpid())
     os.environ["NORMFREE_COMMAND"] = shlex.join(["python", "run.py", *argv])
     if "--help" in argv or "-h" in argv:
-        print_help()
+        with _printed_at_once():
+            print(help_text())
         return EXIT_OK
     try:
-        argv, plugins = _take_plugins(argv)
+        options, words, plugins = split_words(argv)
         os.environ[PLUGINS_VARIABLE] = os.pathsep.join(plugins)
-        options, words = split_words(argv)
         _load_plugins()
         multirun = "-m" in options or "--multirun" in options
         config = check_overrides(words, multirun)
@@ -344,7 +332,8 @@ def _with_hydra(options: list[str], words: list[str], multirun: bool) -> int:
     jobs = math.prod(sum(1 for _ in values_of(override)) for override in swept)
     sys.argv = [sys.argv[0], *options, *words]
     try:
-        _sweep_job()
+        with _printed_at_once() if lists(options) else contextlib.nullcontext():
+            _sweep_job()
     except (SystemExit, KeyboardInterrupt) as stop:
         if multirun and folder.is_dir():
             _sweep_summary(folder, jobs)

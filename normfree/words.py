@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import Config, flat_keys
+from normfree.config import Config, flat_keys, help_lines
 from normfree.errors import UserError, unknown
 from normfree.kinds import shown
 from normfree.rules import CHOICES
@@ -28,6 +28,13 @@ LONGEST_SWEEP = 10_000  # jobs
 # Hydra's options that are passed on. Others would read configurations from elsewhere, or a pickled job.
 FLAGS = {"-m", "--multirun", "--resolve", "--hydra-help", "--version"}
 VALUED = {"-c", "--cfg", "-p", "--package", "-i", "--info"}
+LISTINGS = {"-c", "--cfg", "-i", "--info", "--hydra-help", "--version"}
+
+USAGE = """\
+python run.py [model=...] [size=...] [norm=...] [act=...] [data=...] [experiment=...] [key=value ...]
+python run.py -m key=a,b ...          a sweep; in parallel with hydra/launcher=joblib
+python run.py --plugin FILE.py ...    with norms, activations or statistics of your own"""
+HYDRAS_OWN = "Hydra's own options: --hydra-help"
 
 
 @dataclass
@@ -56,8 +63,9 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
 
 
-def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(options with their values, key=value words), wherever the user put them; Hydra wants the options first."""
+def split_words(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """(Hydra's options with their values, key=value words, plug-ins), wherever the user put them."""
+    argv, plugins = _take_plugins(argv)
     options, words, rest = [], [], iter(argv)
     for word in rest:
         name = word.partition("=")[0]
@@ -71,7 +79,35 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
             raise UserError(
                 f"unknown option {word:.100}.{hint} Settings are words, key=value, and presets are files in conf/."
             )
-    return options, words
+    return options, words, plugins
+
+
+def _take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split `--plugin FILE` (or `--plugin=FILE`) off the command line."""
+    rest, paths, words = [], [], iter(argv)
+    for word in words:
+        if word == "--plugin":
+            path = next(words, None)
+            if path is None:
+                raise UserError("--plugin needs a file: --plugin my_norm.py")
+            paths.append(path)
+        elif word.startswith("--plugin="):
+            paths.append(word.removeprefix("--plugin="))
+        else:
+            rest.append(word)
+    return rest, [str(Path(path).resolve()) for path in paths]
+
+
+def lists(options: list[str]) -> bool:
+    """Whether one of Hydra's options prints something in place of training."""
+    return bool(LISTINGS.intersection(option.partition("=")[0] for option in options))
+
+
+def help_text() -> str:
+    """Usage, choices and every key with its default and meaning."""
+    choices = [f"  {name:11} {', '.join(names)}" for name, names in sorted(groups().items())]
+    keys = [f"  {line}" for line in help_lines()]
+    return "\n".join([USAGE, "", "Choices", *choices, "", "Keys (* changes the weights)", *keys, "", HYDRAS_OWN])
 
 
 def parse(words: list[str]) -> tuple[list[Override], list[str]]:

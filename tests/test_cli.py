@@ -1,6 +1,7 @@
 """The command: what it refuses, what it writes, and that a sweep survives its worst jobs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,17 @@ def test_twelve_compiled_jobs_in_one_process(command, capfd):
     assert statuses.count("finished") == 6
     assert code in (EXIT_CONFIG, EXIT_DIVERGED)
     assert all(load_run(job["run_dir"]).status["compiled"] for job in jobs if job["run_dir"])
+
+
+@pytest.mark.parametrize("option", ["--help", "--cfg=all"])
+def test_a_listing_whose_reader_has_gone_ends_quietly(option):
+    """`python run.py --help | head -3`, in the worst case: nobody reads, and every line is written by itself."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-u", str(ROOT / "run.py"), option]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- conf/ ------------------------------------------------------------------------------------------------------------
