@@ -265,18 +265,22 @@ def _fail(error: UserError) -> int:
 def _sweep_summary(folder: Path, number_of_jobs: int) -> int:
     """Print how every job of a sweep ended; 0 where all finished, else the first other exit code."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("job", "status", "val/loss", "overrides", "run", title="sweep", title_justify="left")
+    columns = "job", "status", "val/loss", Column("overrides", overflow="fold")
+    table = Table(*columns, title="sweep", title_justify="left")
     jobs = {int(path.stem.removeprefix("job-")): json.loads(path.read_text()) for path in folder.glob("job-*.json")}
     common = set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
     for number, job in sorted(jobs.items()):
         loss = "-" if job["metric"] is None or job["metric"] != job["metric"] else f"{job['metric']:.4f}"
         swept = " ".join(word for word in job["overrides"] if word not in common)
-        table.add_row(str(number), job["status"], loss, swept, job["run_dir"] or job.get("reason", "-"))
+        table.add_row(str(number), job["status"], loss, swept)
     for number in sorted(set(range(number_of_jobs)) - set(jobs)):
-        table.add_row(str(number), "not begun", "-", "-", "-")
-    Console(stderr=True, markup=False).print(table)
+        table.add_row(str(number), "not begun", "-", "-")
+    console = Console(stderr=True, markup=False)
+    console.print(table)
+    for number, job in sorted(jobs.items()):  # beside the table, where a path is whole and can be copied
+        console.print(f"job {number}: {job['run_dir'] or job.get('reason', '-')}", soft_wrap=True, highlight=False)
     return next((job["exit_code"] for _, job in sorted(jobs.items()) if job["exit_code"]), EXIT_OK)
 
 

@@ -158,6 +158,21 @@ def test_a_sweep_keeps_going(command, capfd):
     assert written()[0] == "runs"
 
 
+def test_a_sweep_names_every_run_and_reason_whole(tmp_path, capsys):
+    run_dir, swept = "runs/gpt2-nano-" + "x" * 90 + "-s1", "data.path=" + "y" * 60
+    told = {"status": "finished", "exit_code": 0, "run_dir": run_dir, "metric": 1.5, "overrides": [swept, "act=relu"]}
+    refused = told | {"status": "refused", "run_dir": None, "metric": None, "reason": "optim.lr=-1 is outside (0, 1]."}
+    for number, job in enumerate((told, refused | {"overrides": ["act=relu"], "exit_code": EXIT_CONFIG})):
+        (tmp_path / f"job-{number}.json").write_text(json.dumps(job))
+    assert cli._sweep_summary(tmp_path, 3) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert f"job 0: {run_dir}" in said.splitlines()
+    assert "job 1: optim.lr=-1 is outside (0, 1]." in said.splitlines()
+    assert said.count("y") == 60, "folded, not cut"
+    assert "…" not in said
+    assert "not begun" in said
+
+
 def test_twelve_compiled_jobs_in_one_process(command, capfd):
     """One refused and one diverged among them; compile caches of one job must not starve the next."""
     words = ["-m", "train.compile=true", "seed=1,2,3", "optim.lr=1e-3,2e-3,-1,1e3", "optim.grad_clip=0"]

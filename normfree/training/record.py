@@ -63,6 +63,7 @@ class Record:
         self.say = say
         self.set_alarms()
         self.last_loss = float("nan")
+        self.last_step: int | None = None  # the one it is of; None: no training step has settled
         self.failed: set[str] = set()  # statistics that it was said of
         self.missed: list[int] = []  # steps whose checkpoint could not be written
         self.started = time.monotonic()
@@ -95,6 +96,7 @@ class Record:
         kept = [e for e in events if e["step"] < step or e["kind"] not in OF_NUMBERS]
         self.writer.status(events=kept, unsaved_checkpoints=unsaved)
         self.missed = [missed for missed in self.missed if missed < step]
+        self.last_step = None
         self.set_alarms()
 
     def set_alarms(self) -> None:
@@ -116,7 +118,7 @@ class Record:
         parts = _Reader(values)
         head = dict(zip(SCALARS, parts.next(len(SCALARS)).tolist(), strict=True))
         if packed.lr is not None:
-            self.last_loss = head["loss"]
+            self.last_loss, self.last_step = head["loss"], step
             if step % self.config.log.every == 0 or packed.record or head["first_bad"] == step:
                 self._write_scalars(step, head, packed.lr)
             if packed.watch != "off":

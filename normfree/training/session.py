@@ -33,7 +33,7 @@ from normfree.training.provenance import provenance, versions
 from normfree.training.record import Record
 from normfree.training.signals import Preempted
 from normfree.training.starting import RunResult, default_run_dir, ended, starting_point
-from normfree.training.summary import closing_table
+from normfree.training.summary import closing_lines, closing_table
 from normfree.training.views import Views
 
 SAMPLE_TOKENS = 60
@@ -135,7 +135,8 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
     console.print(
         f"{config.name} ({norm_label(config)}): {counts['total']:,} parameters, {counts['non_embedding']:,} "
         f"without embeddings, {counts['trainable']:,} trainable; {_machine(trainer)}; {run_dir}"
-        + (f"; going on from step {start}" if start else "")
+        + (f"; going on from step {start}" if start else ""),
+        soft_wrap=True,
     )
     if note := _long_on_a_cpu(trainer, counts["total"], start):
         console.print(note)
@@ -257,11 +258,14 @@ def _finish(trainer: Trainer, record: Record, console: Console) -> RunResult:
         **{"val/loss": trainer.last_val},
     )
     if not record.writer.losses():  # else what the table is made of may be missing
-        console.print(closing_table(load_run(trainer.run_dir)))
+        run = load_run(trainer.run_dir)
+        console.print(closing_table(run, None if record.last_step is None else record.last_loss))
+        for line in closing_lines(run):
+            console.print(line, soft_wrap=True)
     console.print("sample: ", end="", style="bold")
     console.print(text)
     for warning in record.writer.fields["warnings"]:
-        console.print(f"warning: {warning}", style="yellow")
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if unsaved:
         console.print(
             "The last checkpoint could not be written, so the run is not finished: make room and run the same command "
@@ -270,7 +274,7 @@ def _finish(trainer: Trainer, record: Record, console: Console) -> RunResult:
         )
         return RunResult("unsaved", EXIT_DISK, trainer.last_val, trainer.run_dir)
     if trainer.device.type == "cpu":
-        console.print(f"The real thing, on a GPU: {REAL_THING}")
+        console.print(f"The real thing, on a GPU: {REAL_THING}", soft_wrap=True)
     return RunResult("finished", EXIT_OK, trainer.last_val, trainer.run_dir)
 
 
