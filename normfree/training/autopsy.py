@@ -49,8 +49,7 @@ def autopsy(trainer: "Trainer", step: int, values: Tensor, record: Record, recor
     return faults.Diverged(
         step,
         f"step {step}: the training loss is {loss:g} and the gradient norm {norm:g}; {where} "
-        f"The weights are as they were before that step. Try a lower optim.lr (now {config.optim.lr:g}) or a "
-        f"longer optim.warmup_steps (now {config.optim.warmup_steps}); {others_in_words(config)}",
+        f"The weights are as they were before that step.{given_up(config)}",
         faults.Fault(finding, loss, norm),
     )
 
@@ -70,11 +69,9 @@ def is_spike(config: Config, loss: float, norm: float) -> bool:
     return config.spike_sigma is not None and math.isfinite(loss) and math.isfinite(norm)
 
 
-def others_in_words(config: Config) -> str:
-    """What the other policies do."""
-    if config.nan_policy == "skip":
-        return f"it is the last of {faults.MAX_SKIPS} bad steps in a row, all skipped; nan_policy=rollback goes back."
-    return "nan_policy=skip, rollback or log go on."
+def given_up(config: Config) -> str:
+    """Why nan_policy=skip stops after all."""
+    return f" It is the last of {faults.MAX_SKIPS} bad steps in a row, all skipped." * (config.nan_policy == "skip")
 
 
 def skipped(trainer: "Trainer", step: int, values: Tensor) -> Event:

@@ -14,6 +14,7 @@ It needs neither the corpus nor the run: `python -m normfree.diagnostics.replay 
 import json
 import math
 import os
+import shlex
 import shutil
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,11 @@ UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeE
 COLUMNS = 10
 _NUMBERS = ("loss", "grad_norm", "learning_rate")  # of the circumstances: not always finite
 COMMAND = "python -m normfree.diagnostics.replay"
+POLICIES = {  # those that do not stop
+    "skip": "leaves such steps out",
+    "rollback": "goes back to the last good checkpoint, at a lower rate",
+    "log": "goes on regardless",
+}
 
 
 @dataclass(frozen=True)
@@ -187,16 +193,27 @@ def _words(
     table = ring_table(ring)
     if table:
         parts.append(f"The last steps (ring.npz has them all):\n\n{table}")
-    parts.append("What to try\n\n" + "\n".join(f"- {line}" for line in _advice(config, finding)))
-    parts.append(
-        "Run the step again, in its own precision and in float64, to see what kind of fault it was:\n\n"
-        f"    {COMMAND} {target}"
-    )
+    parts.append(what_next(config, step, finding, target))
     return "\n\n".join(parts) + "\n"
 
 
-def _advice(config: Config, finding: Finding | None) -> list[str]:
-    if config.debug.inject.step is not None:
+def what_next(config: Config, step: int, finding: Finding | None, directory: Path | None) -> str:
+    """What to try, and how to run the step again where it was kept: in README.txt and on the terminal."""
+    lines = "\n".join(f"- {line}" for line in advice(config, step, finding))
+    again = "" if directory is None else f"\n\n{how_to_replay(directory)}"
+    return f"What to try\n\n{lines}{again}"
+
+
+def how_to_replay(directory: Path) -> str:
+    return (
+        "Run the step again, in its own precision and in float64, to see what kind of fault it was:\n\n"
+        f"    {COMMAND} {shlex.quote(str(directory))}"
+    )
+
+
+def advice(config: Config, step: int, finding: Finding | None) -> list[str]:
+    """What may help against a bad step, one line each."""
+    if config.debug.inject.step == step:
         return ["nothing: the fault was planted by debug.inject"]
     lines = [
         f"a lower optim.lr (now {config.optim.lr:g}), or a longer optim.warmup_steps (now {config.optim.warmup_steps})"
@@ -207,8 +224,8 @@ def _advice(config: Config, finding: Finding | None) -> list[str]:
         lines.append("an earlier checkpoint of the run: init_from=RUN/checkpoints/step-...")
     if config.model.norm == "none":
         lines.append("act=relu in place of a smooth activation, or norm=layernorm to see whether norms hold it")
-    lines.append("nan_policy=skip leaves such steps out; nan_policy=log goes on regardless")
-    return lines
+    others = [f"nan_policy={name} {does}" for name, does in POLICIES.items() if name != config.nan_policy]
+    return [*lines, "; ".join(others)]
 
 
 def ring_table(ring: dict[str, np.ndarray], rows: int = ROWS) -> str:

@@ -28,7 +28,7 @@ from normfree.training.autopsy import keep_postmortem
 from normfree.training.faults import Diverged
 from normfree.training.locking import alone
 from normfree.training.loop import Trainer
-from normfree.training.postmortem import fault_entry
+from normfree.training.postmortem import advice, fault_entry, how_to_replay, what_next
 from normfree.training.provenance import provenance, versions
 from normfree.training.record import Record
 from normfree.training.signals import Preempted
@@ -95,7 +95,10 @@ def _say_again(before: RunResult, console: Console) -> RunResult:
     if before.status == "finished":
         console.print(f"To train it longer: python run.py resume={before.run_dir} train.max_steps=N", soft_wrap=True)
     else:
-        console.print(f"{load_run(before.run_dir).status.get('reason')}\nOther settings make another run.")
+        status = load_run(before.run_dir).status
+        console.print(f"{status.get('reason')}\nOther settings make another run.", soft_wrap=True)
+        if postmortem := (status.get("fault") or {}).get("postmortem"):
+            console.print(how_to_replay(before.run_dir / postmortem), soft_wrap=True)
     return before
 
 
@@ -165,9 +168,9 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
             trainer.write_checkpoint(error.step)  # the state before the bad step
         except ckpt.NotSaved as problem:
             record.missed_checkpoint(error.step, str(problem))
-        _keep_postmortem(trainer, record, error, plugins)
-        _close(trainer, record, status="diverged", last_step=error.step, reason=str(error))
-        console.print(f"diverged at {error}", style="bold red", soft_wrap=True)
+        directory = _keep_postmortem(trainer, record, error, plugins)
+        _close(trainer, record, status="diverged", last_step=error.step, reason=_reason(config, error))
+        _say_diverged(config, error, directory, console)
         return RunResult("diverged", EXIT_DIVERGED, math.nan, run_dir)
     except Preempted as stop:
         name = signal.Signals(stop.signum).name
@@ -217,10 +220,10 @@ def _begin(run_dir: Path, start: int, config: Config, corpus: Corpus) -> RunWrit
     return writer
 
 
-def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins: list[dict[str, str]]) -> None:
+def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins: list[dict[str, str]]) -> Path | None:
     """The postmortem, and `fault` in run.json. That it could not be written is a warning beside the divergence."""
     if error.fault is None:
-        return
+        return None
     checkpoint = trainer.run_dir / "checkpoints" / checkpoint_name(error.step)
     directory = None
     try:
@@ -228,6 +231,22 @@ def _keep_postmortem(trainer: Trainer, record: Record, error: Diverged, plugins:
     except (OSError, UserError) as problem:
         record.views.problems.append(f"postmortem of step {error.step}: {problem}")
     record.writer.status(fault=fault_entry(error.fault.finding, error.step, directory, trainer.run_dir))
+    return directory
+
+
+def _reason(config: Config, error: Diverged) -> str:
+    """For run.json: what happened, and what to try where that is known."""
+    if error.fault is None:
+        return str(error)
+    return f"{error} What to try: {'; '.join(advice(config, error.step, error.fault.finding))}."
+
+
+def _say_diverged(config: Config, error: Diverged, directory: Path | None, console: Console) -> None:
+    console.print(f"diverged at {error}", style="bold red", soft_wrap=True)
+    if directory is not None:
+        console.print(f"postmortem: {directory}", soft_wrap=True)
+    if error.fault is not None:
+        console.print(what_next(config, error.step, error.fault.finding, directory), soft_wrap=True)
 
 
 def _close(trainer: Trainer, record: Record, **status: Any) -> None:

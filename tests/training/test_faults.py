@@ -49,7 +49,13 @@ def test_raise_stops_and_leaves_the_state_before_the_bad_step(train_tiny, tiny, 
     assert [step for step, _ in run.checkpoints] == [2, 3]
     assert same(weights(run.checkpoints[-1][1]), weights(healthy.checkpoints[-1][1]))
     assert run.metrics["step"].max() == 3
-    assert "diverged" in capsys.readouterr().err
+    said, readme = (
+        capsys.readouterr().err,
+        (run.directory / run.status["fault"]["postmortem"] / "README.txt").read_text(),
+    )
+    assert "diverged" in said
+    assert readme.partition("What to try")[2] in said
+    assert readme.count("a lower optim.lr") == run.status["reason"].count("a lower optim.lr") == 1
 
 
 def test_a_diverged_run_is_not_trained_again(train_tiny, monkeypatch, tiny, tmp_path):

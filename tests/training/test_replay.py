@@ -14,7 +14,7 @@ from normfree.diagnostics.replay import main
 from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, UserError
 from normfree.runs import load_run
 from normfree.training import machine
-from normfree.training.postmortem import load_postmortem, ring_table
+from normfree.training.postmortem import advice, load_postmortem, ring_table
 from normfree.training.replaying import replay
 
 CPU = torch.device("cpu")
@@ -187,6 +187,30 @@ def test_the_postmortem_holds_the_step(planted):
     assert run.status["fault"]["text"] == planted.finding.words()
     assert run.status["fault"]["reproduced"]
     assert not list(planted.directory.parent.glob(".step-*"))
+
+
+def test_the_terminal_says_what_the_readme_says(tiny, tmp_path, capsys):
+    """And says it again when the run is asked for again."""
+    pm = planted_run(tiny, tmp_path / "run", GPT2, "forward", "blocks.1.mlp.fc", 1, "inf")
+    said = capsys.readouterr().err
+    next_steps = (pm.directory / "README.txt").read_text().partition("What to try")[2]
+    assert "nothing: the fault was planted by debug.inject" in next_steps
+    assert f"    python -m normfree.diagnostics.replay {pm.directory}" in next_steps.splitlines()
+    assert next_steps in said
+    assert f"postmortem: {pm.directory}" in said.splitlines()
+    reason = load_run(tmp_path / "run").status["reason"]
+    assert "planted by debug.inject" in reason
+    assert "optim.lr" not in said + reason
+    run_config(pm.config)
+    again = capsys.readouterr().err
+    assert "planted by debug.inject" in again
+    assert f"    python -m normfree.diagnostics.replay {pm.directory}" in again.splitlines()
+
+
+def test_a_fault_that_was_planted_elsewhere_excuses_no_other(planted):
+    """Under nan_policy=skip a run goes on behind the planted step, and may diverge by itself."""
+    assert "planted" in advice(planted.config, planted.step, None)[0]
+    assert "optim.lr" in advice(planted.config, planted.step + 1, None)[0]
 
 
 def test_a_full_disk_does_not_hide_the_divergence(tiny, tmp_path, monkeypatch):
