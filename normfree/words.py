@@ -2,9 +2,11 @@
 
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -112,15 +114,21 @@ def help_text() -> str:
 
 def parse(words: list[str]) -> tuple[list[Override], list[str]]:
     """(overrides, what is wrong with the words that are none)."""
-    parser, overrides, problems = OverridesParser.create(), [], []
+    overrides = []
+    words, problems = _together(words)
     for word in words:
         try:
-            overrides.append(parser.parse_override(word))
-        except (HydraException, ValueError) as error:
-            problems.append(f"{word:.100}: not of the form key=value: {_first_line(error)}")
+            overrides.append(_parser().parse_override(word))
+        except (HydraException, ValueError):
+            problems.append(_refusal(word))
         except RecursionError:
             problems.append(f"{word:.100}: too many brackets in brackets.")
     return overrides, problems
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
 
 
 def read(words: list[str], multirun: bool) -> Typed:
@@ -202,6 +210,9 @@ def _faults(override: Override) -> Iterator[str]:
     if override.is_add() or override.is_delete() or override.package is not None:
         yield f"{override.input_line}: keys are neither added nor removed here; write key=value."
         return
+    if not name:
+        yield f"{override.input_line:.100}: the key is missing; write key{override.input_line:.100}."
+        return
     if override.is_sweep_override() and (fault := _sweep_fault(override)):
         yield f"{name}: {fault}"
         return
@@ -227,10 +238,32 @@ def _value_faults(name: str, value: Any) -> Iterator[str]:
     if _looks_up(value):
         yield f"{_said(name, value)}: write the value itself."
         return
+    if name in SECTIONS:
+        yield from _section_faults(name, value)
+        return
     try:
         OmegaConf.update(OmegaConf.structured(Config), name, value)
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         yield f"{_said(name, value)}: {_first_line(error)}"
+
+
+def _section_faults(name: str, value: Any) -> Iterator[str]:
+    """Of several keys in braces, `debug.inject={step:20,module:wte}`: each is looked at like a word of its own."""
+    if not isinstance(value, dict):
+        yield f"{_said(name, value)}: {_of_section(name)}"
+        return
+    for key, part in value.items():
+        path = f"{name}.{key}"
+        if "." in str(key):
+            yield f"{name}={{{key}:...}}: write {path}=VALUE, a word of its own."
+        elif path in KEYS or path in SECTIONS:
+            yield from _value_faults(path, part)
+        else:
+            yield unknown_key(path, list(KEYS))
+
+
+def _of_section(name: str) -> str:
+    return f"a section of keys; there are: {', '.join(key for key in KEYS if key.startswith(f'{name}.'))}."
 
 
 def _looks_up(value: Any) -> bool:
@@ -254,3 +287,76 @@ def _hydra_faults(override: Override) -> Iterator[str]:
         yield f"{name}: write the value itself, one number or name."
     elif not key and not re.fullmatch(r"\w+", str(override.value())):
         yield f"{name}={override.value()}: the name of a launcher is needed, such as joblib."
+
+
+# -- words that are no settings ---------------------------------------------------------------------------------------
+
+
+def _together(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words, those of a setting with spaces around its = made one; and what is wrong with each of those."""
+    whole, problems = [], []
+    while words:
+        count = _spaced(*words[:3])
+        typed, word = " ".join(words[:count]), "".join(words[:count])
+        if count == 1 or not word.endswith("="):
+            whole.append(word)
+        if count > 1:
+            meant = f"{word}VALUE" if word.endswith("=") else shlex.quote(word)
+            problems.append(f"{typed:.100}: write {meant:.100}, without spaces around =.")
+        words = words[count:]
+    return whole, problems
+
+
+def _spaced(first: str, second: str = "", third: str = "=") -> int:
+    """How many of three words in a row are one setting with spaces around its =; 1: the first is a word by itself."""
+    if first and "=" not in first:
+        if second == "=":
+            return 2 if "=" in third else 3
+        return 2 if second.startswith("=") else 1
+    return 2 if first.find("=") == len(first) - 1 > 0 and second and "=" not in second else 1
+
+
+def _refusal(word: str) -> str:
+    """What is wrong with a word that Hydra cannot take apart, and what was probably meant."""
+    name, sign, value = (part.strip() for part in word.partition("="))
+    if not sign:
+        return f"{word:.100}: {_bare(word)}"
+    if not (name in KEYS or name in SECTIONS or name in groups() or name.startswith("hydra")):
+        return unknown_key(name, [*KEYS, *groups()])
+    plain = f"{name}={value.lstrip('= ')}"
+    if plain != word and _taken(plain) is not None:
+        spaces = "" if value.startswith("=") else ", without spaces around ="
+        return f"{word:.100}: write {shlex.quote(plain):.100}{spaces}."
+    if value.startswith(("[", "{")):
+        return f"{word:.100}: a list is written [a,b] and several keys {{key:value}}, closed and without = inside."
+    quoted = '{}="{}"'.format(name, value.replace('"', '\\"'))
+    hint = f", in quotes of its own: {shlex.quote(quoted)}" if len(value) < 60 and _taken(quoted) == value else "."
+    return f"{word:.100}: the value cannot be read. Write text with a sign in it such as ( {{ = or a quote{hint}"
+
+
+def _taken(word: str) -> Any:
+    """The value that Hydra reads in a word; None where it cannot."""
+    try:
+        return _parser().parse_override(word).value()
+    except (HydraException, ValueError, RecursionError):
+        return None
+
+
+def _bare(word: str) -> str:
+    """What was probably meant by a word without =."""
+    choices = groups()
+    key = re.fullmatch(r"([\w./]+)[:\s]\s*(\S.*)", word)
+    if key and (key[1] in KEYS or key[1] in choices):
+        return f"write {shlex.quote(f'{key[1]}={key[2]}'):.100}."
+    if word in KEYS or word in choices:
+        names = ", ".join(choices.get(word) or CHOICES.get(word, ()))
+        return f"a key without a value; write {word}=VALUE{names and f' ({names})'}."
+    if word in SECTIONS:
+        return _of_section(word)
+    meant = {name: f"{group}={name}" for group, names in choices.items() for name in names}
+    if word in meant:
+        return f"write {meant[word]}."
+    meant |= {name: f"{name}=VALUE" for name in [*KEYS, *choices]}
+    close = get_close_matches(word[:100], list(meant), n=1)
+    hint = f" Did you mean {meant[close[0]]}?" if close else ""
+    return f"a setting is written key=value, a value with spaces in quotes.{hint} (All keys: python run.py --help)"
