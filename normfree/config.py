@@ -205,7 +205,7 @@ class InjectConfig:
     """One value that is not finite, planted on purpose, to see that it is found; a replay plants it again."""
 
     step: int | None = key(None, "the optimizer step that meets it; null: nothing is planted")
-    module: str | None = key(None, "where: a module (blocks.1.mlp.fc), a weight of it (.weight), or its .exp_avg")
+    module: str | None = key(None, "a module (blocks.1.mlp.fc), its .weight or that weight's .exp_avg; list: show all")
     phase: str = key("forward", "forward, backward (a gradient) or optimizer (a moment)")
     value: str = key("nan", "nan, inf or -inf")
 

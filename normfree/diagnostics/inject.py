@@ -12,17 +12,20 @@ Outputs and their gradients are those of the step's first micro-batch.
 
 import hashlib
 import math
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.config import InjectConfig
-from normfree.errors import UserError, unknown
+from normfree.errors import UserError
 from normfree.model import Transformer
 
 VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LIST = "list"  # as a module: name them all
+NEAREST = 5
 
 
 @torch.no_grad()
@@ -38,6 +41,16 @@ def running_modules(model: Transformer) -> list[str]:
     for handle in handles:
         handle.remove()
     return list(seen)
+
+
+def _no_such(kind: str, path: str, names: list[str]) -> UserError:
+    """Of a name that the model has not: the few nearest. All of them, a page, for who asks with module=list."""
+    if path == LIST:
+        return UserError(f"debug.inject.module={LIST}: choose one {kind} of: {', '.join(names)}.")
+    nearest = get_close_matches(path[:100], names, n=NEAREST, cutoff=0)
+    meant = f"Did you mean {nearest[0]!r}? Near it: {', '.join(nearest[1:])}"
+    every = f"debug.inject.module={LIST} names all {len(names)}"
+    return UserError(f"debug.inject.module: unknown {kind} {path[:100]!r}. {meant} ({every}).")
 
 
 def _planted(tensor: Tensor, draw: int, value: float) -> Tensor:
@@ -93,7 +106,7 @@ class Injector:
         if inject.phase == "optimizer":
             moments = {f"{name}.{moment}": (p, moment) for name, p in parameters.items() for moment in MOMENTS}
             if path not in moments:
-                raise UserError("debug.inject.module: " + unknown("optimizer moment", path, moments))
+                raise _no_such("optimizer moment", path, list(moments))
             if inject.step == 0:
                 raise UserError("debug.inject.step=0: before the first update there are no optimizer moments.")
             self.parameter, self.moment = moments[path]
@@ -104,7 +117,7 @@ class Injector:
         elif path in modules:
             model.get_submodule(path).register_forward_hook(self._hook)
         else:
-            raise UserError("debug.inject.module: " + unknown("module or parameter", path, [*modules, *parameters]))
+            raise _no_such("module or parameter", path, [*modules, *parameters])
 
     def _hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not self.armed:

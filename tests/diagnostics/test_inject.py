@@ -128,6 +128,19 @@ def test_what_the_model_has_not_is_refused_with_the_nearest_name(module, phase, 
         plant(module, phase)
 
 
+@pytest.mark.parametrize(("phase", "name"), [("backward", "blocks.0.attn.proj"), ("optimizer", "wpe.weight.exp_avg")])
+def test_a_wrong_name_shows_the_few_nearest_and_how_to_see_them_all(phase, name):
+    with pytest.raises(UserError) as few:
+        plant("blocks.1.mlp.fcc", phase)
+    assert "'blocks.1.mlp.fc" in str(few.value)
+    assert name not in str(few.value)
+    assert len(str(few.value)) < 400
+    assert "debug.inject.module=list" in str(few.value)
+    with pytest.raises(UserError) as every:
+        plant("list", phase)
+    assert name in str(every.value)
+
+
 def test_a_moment_before_the_first_update_is_refused():
     with pytest.raises(UserError, match="no optimizer moments"):
         plant("wte.weight.exp_avg", "optimizer", step=0)
