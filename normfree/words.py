@@ -357,6 +357,6 @@ def _bare(word: str) -> str:
     if word in meant:
         return f"write {meant[word]}."
     meant |= {name: f"{name}=VALUE" for name in [*KEYS, *choices]}
-    close = get_close_matches(word[:100], list(meant), n=1)
+    close = get_close_matches(word[:100], list(meant), n=1) if len(word) > 2 else []  # to a letter, all are near
     hint = f" Did you mean {meant[close[0]]}?" if close else ""
     return f"a setting is written key=value, a value with spaces in quotes.{hint} (All keys: python run.py --help)"

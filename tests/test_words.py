@@ -45,6 +45,7 @@ def test_what_is_put_together_is_looked_at_too():
             "normfre",
             "normfre: a setting is written key=value, a value with spaces in quotes. Did you mean model=n",
         ),
+        ("b", "b: a setting is written key=value, a value with spaces in quotes. (All keys"),
         ("optim", "optim: a section of keys; there are: optim.lr, "),
         ("diagnostics.statistics=[1", "diagnostics.statistics=[1: a list is written [a,b]"),
         ("debug.inject={step=3}", "debug.inject={step=3}: a list is written [a,b] and several keys {key:value}"),
