@@ -65,7 +65,7 @@ def written() -> list[str]:
         (["act=relu,gelu"], EXIT_CONFIG, ["act", "-m"]),
         (["-m", "act=relu,gelu", "run_dir=x"], EXIT_CONFIG, ["run_dir"]),
         (["--plugin", "nowhere.py"], EXIT_CONFIG, ["nowhere.py"]),
-        (["resume=nowhere"], EXIT_DIRECTORY, ["nowhere", "config.yaml"]),
+        (["resume=nowhere"], EXIT_DIRECTORY, ["nowhere", "does not exist"]),
         (["init_from=nowhere"], 66, ["nowhere"]),
         (["model.vocab_size=100"], EXIT_CONFIG, ["model.vocab_size=100", "257"]),
         (["data.path=nowhere.txt"], EXIT_DATA, ["nowhere.txt"]),

@@ -105,7 +105,7 @@ def copied_at_every_point(run_dir: Path, copies: Path, wanted: list[str] | None)
 def train(tiny, epochs, tmp_path, monkeypatch) -> Callable[..., Path]:
     """`train("folder", **changes)`: that run, begun or gone on with."""
     for what_is_said in ("_sample", "closing_table"):  # half the time of so short a run
-        monkeypatch.setattr(session, what_is_said, lambda trainer_or_run: "")
+        monkeypatch.setattr(session, what_is_said, lambda *of: "")
 
     def go(folder: str, **changes: object) -> Path:
         settings = SHAPE | DROPOUT | {"data.path": str(epochs)} | changes
