@@ -26,7 +26,7 @@ from revival.plan import Plan, check_patterns, plan
 from revival.rungs import LADDER
 from revival.study import Results
 
-from normfree.errors import EXIT_OK, UserError
+from normfree.errors import EXIT_OK, UserError, say
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def dry_run(a: argparse.Namespace) -> int:
         config_of(cell)
         length = f"{cell.recipe.tokens:>13,} tokens  {cell.recipe.seconds / 60:6.1f} min"
         lines.append(f"{cell.name:44} {cell.settings}  {length}")
-    print("\n".join([*lines, *totals(found)]))  # at once: whoever reads the first lines alone may close the pipe
+    say("\n".join([*lines, *totals(found)]))
     return EXIT_OK
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, unknown
+from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, say, unknown
 from normfree.heads import range_shares
 from normfree.records import write_atomically
 from normfree.runs import Run, expand, norm_label
-from plotting.common import say, seq_len, sourced
+from plotting.common import seq_len, sourced
 from plotting.seeds import Group, differing_keys, final, group, is_lost, mean_interval
 
 DASH = "-"
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    say(paths)
+    say("\n".join(map(str, paths)))
     return EXIT_OK
 
 

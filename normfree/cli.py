@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from normfree.config import Config, flat_keys, resolve, resolve_vocabulary
-from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError
+from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError, say
 from normfree.kinds import shown
 from normfree.plugins import load_plugin
 from normfree.records import write_atomically
@@ -286,16 +286,13 @@ def _sweep_summary(folder: Path, number_of_jobs: int) -> int:
 
 @contextlib.contextmanager
 def _printed_at_once() -> Iterator[None]:
-    """What is printed inside goes out in one piece; a reader that has enough of it (`| head -3`) ends it quietly."""
+    """What is printed inside goes out in one piece, by `say`."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stdout(text):
             yield
     finally:
-        try:
-            print(text.getvalue(), end="", flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it breaks once more at exit
+        say(text.getvalue(), end="")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,8 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[PROCESS_VARIABLE] = str(os.getpid())
     os.environ["NORMFREE_COMMAND"] = shlex.join(["python", "run.py", *argv])
     if "--help" in argv or "-h" in argv:
-        with _printed_at_once():
-            print(help_text())
+        say(help_text())
         return EXIT_OK
     try:
         options, words, plugins = split_words(argv)

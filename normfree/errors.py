@@ -1,5 +1,7 @@
-"""Errors a user can mend, and the exit codes they end the process with."""
+"""Errors a user can mend, the exit codes they end the process with, and a reader who leaves early, which is none."""
 
+import os
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -29,3 +31,11 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
     close = get_close_matches(typed.lower(), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {typed!r}.{hint} Choose from: {', '.join(names)}."
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print in one piece. Whoever reads may have closed the pipe (`| head -3`): that is no error of ours."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit: into nothing

@@ -8,7 +8,6 @@ as wide in the paper as they say.
 import argparse
 import csv
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError
+from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, say
 from normfree.runs import Run, expand, norm_label
 from normfree.runs import labels as labels  # every script says common.labels
 from plotting.places import check_files, check_format
@@ -105,17 +104,8 @@ def command(p: argparse.ArgumentParser, script: str, plot: Plot, argv: Sequence[
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    say([out, arguments.data] if arguments.data else [out])
+    say(f"{out}\n{arguments.data}" if arguments.data else str(out))
     return EXIT_OK
-
-
-def say(lines: Sequence[object]) -> None:
-    """Print; whoever reads may have closed the pipe (`| head`), which is no error of the figure."""
-    try:
-        print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout once more as it exits: into nothing, then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def begun(runs: list[Run]) -> list[Run]:

@@ -5,12 +5,11 @@ python -m normfree.report runs experiments/results/entropic_overload --out repor
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from normfree.errors import EXIT_OK, UserError
+from normfree.errors import EXIT_OK, UserError, say
 from normfree.report.page import TITLE, build, check_out, write
 from normfree.runs import Run, expand
 
@@ -40,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    try:
-        print(f"wrote {arguments.out} ({size / 1e6:.1f} MB, {len(runs)} run{'s' if len(runs) > 1 else ''})", flush=True)
-    except BrokenPipeError:  # whoever read has gone (`| head`); what is left to flush at the exit goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(f"wrote {arguments.out} ({size / 1e6:.1f} MB, {len(runs)} run{'s' if len(runs) > 1 else ''})")
     return EXIT_OK
 
 
