@@ -159,7 +159,23 @@ def test_a_run_out_of_all_measure_leaves_the_others_their_scale(
     figures_scale.mechanism(View("short", "f00d", tuple(records)), "B", tmp_path)
     spread = drawn[0].axes
     assert all(ax.get_ylim()[1] < 100 for ax in spread)
-    assert [[text.get_text() for text in ax.texts] for ax in spread] == [[], [], ["one goes to 3e8"]]
+    assert [[text.get_text() for text in ax.texts] for ax in spread] == [[], [], ["up to 3e8"]]
+
+
+@pytest.mark.parametrize("losses", [(None, None), (2.0, None), (2.0, 6.5)])
+def test_what_did_not_learn_stands_above_the_losses(
+    losses: tuple[float | None, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All of an arm's runs lost, one of them, or one that ended far above: never a line to it, nor an axis for it."""
+    drawn = keep_figures(monkeypatch, figures_rates)
+    tried = [made.make("A", "gelu", lr, 101, x) for lr, x in zip((1e-3, 2e-3), losses, strict=True)]
+    figures_rates.loss_against_rate(View("short", "f00d", tuple(tried)), "A", tmp_path)
+    (ax,) = drawn[0].axes
+    line, *marks = [line for line in ax.get_lines() if line.get_linestyle() != ":"]
+    assert len(line.get_ydata()) == sum(loss == 2.0 for loss in losses)
+    assert len(marks) == sum(loss != 2.0 for loss in losses)
+    assert all(mark.get_ydata()[0] < 3 for mark in marks)
+    assert all(mark.get_ydata()[0] > max(ax.get_yticks(), default=0) for mark in marks)
 
 
 def test_many_arms_have_a_panel_for_each_that_they_were_made_of(

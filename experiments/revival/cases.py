@@ -95,20 +95,24 @@ def unsettled(view: View, **arms: tuple[str, str]) -> str:
     )
 
 
-def next_rates(view: View, **arms: tuple[str, str]) -> str:
-    """`name`: (rung, arm). How seeds differ, and which arms fail at the next rate up, for the end of a sentence."""
+def spread(view: View, **arms: tuple[str, str]) -> str:
+    """`name`: (rung, arm). How far each arm's seeds lie apart, for the end of a sentence."""
     nats = {name: values(view.own(*arm)).values() for name, arm in arms.items()}
-    spread = [f"{name}'s by {max(found) - min(found):.3f}" for name, found in nats.items() if len(found) > 1]
+    found = [f"{name}'s by {max(losses) - min(losses):.3f}" for name, losses in nats.items() if len(losses) > 1]
+    return f"; seeds differ: {', '.join(found)}" if found else ""
+
+
+def next_rates(view: View, **arms: tuple[str, str]) -> str:
+    """`name`: (rung, arm). Which arms fail at the next rate up, for the end of a sentence."""
     failed = []
     for name, arm in arms.items():
         tried, best = view.tuning(*arm), view.own_rate(*arm)
         above = min((lr for lr in tried if best is not None and lr > best), default=None)
         if above is not None and tried[above] > tried[best] + FAR:
             failed.append(f"{name} at {words.rate_name(above)}")
-    text = f"; seeds differ: {', '.join(spread)}" if spread else ""
-    if failed:
-        text += f"; at the next rate up seed {TUNING_SEED} fails ({', '.join(failed)}): what lies between may matter"
-    return text
+    if not failed:
+        return ""
+    return f"; at the next rate up seed {TUNING_SEED} fails ({', '.join(failed)}): what lies between may matter"
 
 
 def not_paired(ours: Sequence[Record], theirs: Sequence[Record]) -> str:

@@ -27,14 +27,16 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
     if all(len(found) < 2 for found in tried.values()):
         return {}
     many = len(tried) > len(FOUR)
-    panels: dict[str, dict[str, Line]] = {}
+    panels: dict[str, list[tuple[str, str, Line]]] = {}  # base -> name, colour and losses of each line
     for arm, found in tried.items():
         base = base_of(arm) if many else ""
-        before = view.tuning("A", base) if base else {}
-        panel = panels.setdefault(base, {f"{words.arm_words(base)} (rung A)": before} if before else {})
-        panel[words.arm_words(arm)] = found
-    limit = 2 * FAR + min((loss for found in tried.values() for loss in found.values()), default=0.0)
-    drawn = [loss for arms in panels.values() for found in arms.values() for loss in found.values()]
+        lines = panels.setdefault(base, [])
+        if base and not lines and (before := view.tuning("A", base)):
+            lines.append((f"{words.arm_words(base)} (rung A)", common.GREY, before))
+        coloured = sum(colour != common.GREY for _, colour, _ in lines)
+        lines.append((words.arm_words(arm), common.COLOURS[coloured % len(common.COLOURS)], found))
+    drawn = [loss for lines in panels.values() for _, _, found in lines for loss in found.values()]
+    limit = 2 * FAR + min(filter(math.isfinite, drawn), default=0.0)
     inside = [loss for loss in drawn if loss <= limit]
     room = 0.06 * (max(inside, default=1.0) - min(inside, default=0.0) or 1.0)
     edge = max(inside, default=1.0) + room  # above it are marks, not losses
@@ -42,15 +44,13 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
     def plot(fig: Figure) -> None:
         common.set_height(fig, 3.2 + 0.14 * max(map(len, panels.values())))
         axes = common.grid(fig, len(panels), len(panels))
-        for ax, (base, arms) in zip(axes, panels.items(), strict=True):
+        for ax, lines in zip(axes, panels.values(), strict=True):
             if ax is not axes[0]:
                 ax.sharey(axes[0])
-            for i, (name, found) in enumerate(arms.items()):
-                grey = bool(base) and name.endswith("(rung A)")
-                colour = common.GREY if grey else common.COLOURS[(i - bool(base)) % len(common.COLOURS)]
+            for i, (name, colour, found) in enumerate(lines):
                 style = {"color": colour, "linestyle": common.line_style(i)}
-                _line(ax, name, found, limit, edge + room, (i + 0.5) / len(arms), style)
-            _finish(ax, sorted({lr for found in arms.values() for lr in found}))
+                _line(ax, name, found, limit, edge + room, (i + 0.5) / len(lines), style)
+            _finish(ax, sorted({lr for _, _, found in lines for lr in found}))
         axes[0].set_ylabel(f"Validation loss, seed {TUNING_SEED} (nats per token)")
         if len(inside) < len(drawn):
             axes[0].set_yticks([tick for tick in axes[0].get_yticks() if inside and min(inside) - room < tick < edge])

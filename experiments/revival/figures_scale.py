@@ -89,7 +89,7 @@ def _same_scale(axes: Sequence[Axes]) -> None:
     axes[0].set_ylim(lowest / 2, 2 * max(end for end in every if end <= limit))
     for ax, panel in zip(axes, ends, strict=True):
         if max(panel) > limit:
-            note = f"one goes to {max(panel):.0e}".replace("e+0", "e")
+            note = f"up to {words.rate_name(float(f'{max(panel):.0e}'))}"
             ax.annotate(note, (0.97, 0.03), xycoords="axes fraction", ha="right", size=7)
 
 

@@ -19,6 +19,7 @@ from revival.cases import (
     preliminary,
     quarters,
     splits,
+    spread,
     tokens_of,
     unsettled,
 )
@@ -62,7 +63,8 @@ def order(view: View) -> list[str]:
                 act: ("A" if rung == "G" else arm[0], arm[1].removeprefix("t256:")) for act, arm in arms.items()
             }
             pair = view.own(*arms["ReLU"]), view.own(*arms["GELU"])
-            line = _order(view, head, *pair, gap, unsettled(view, **chosen_on) + next_rates(view, **arms))
+            more = unsettled(view, **chosen_on) + spread(view, **arms) + next_rates(view, **arms)
+            line = _order(view, head, *pair, gap, more)
             lines.append(line + ("" if prefix else _at_common(view, rung, one, other, gap)))
         lines += _flip(view, rung, prefix, PUBLISHED_GAP[published])
     return lines
