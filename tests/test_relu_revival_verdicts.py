@@ -4,17 +4,13 @@ from typing import Any
 
 import fixtures.make_results as made
 import pytest
-from revival import front, report, rungs, tables, verdicts, words
+from revival import front, report, rungs, tables, verdicts
 from revival.cells import TUNING_SEED, Cell
 from revival.differences import differences
 from revival.plan import plan
 from revival.study import Results
 from revival.tuning import between
 from revival.view import View
-
-
-def view_of(*more: list[dict[str, Any]], lost: tuple[str, ...] = ()) -> View:
-    return View("short", "f00d", tuple(sum(more, made.rung_a(lost=lost))))
 
 
 def everyone(arm: str) -> tuple[str, ...]:
@@ -28,7 +24,7 @@ def test_other_rungs_have_verdicts_too() -> None:
             records.append(made.make("F", f"{arm}-finalnorm", 1e-3 if arm == "gelu" else 2e-3, seed, 2.6 + 0.1 * seed))
         records.append(made.make("D", "stopped:identity", 1e-3, seed, None))
         records.append(made.make("B", "ln+gelu+embed22.627", 2e-3, seed, 2.0 + 0.1 * seed))
-    view = view_of(records)
+    view = made.view_of(records)
     scale = " ".join(verdicts.scale(view))
     assert "90 % of it is gone, as a point estimate" in scale
     assert "a change of +0.0894 ± 0.0007 (n = 5)" in scale  # of ReLU - GELU, paired
@@ -36,7 +32,7 @@ def test_other_rungs_have_verdicts_too() -> None:
     assert "(paired: \u221250.0 ± 0.0 (n = 5) percentage points)" not in scale  # all heads were, none is
     assert "(paired: \u2212100.0 ± 0.0 (n = 5) percentage points)" in scale
     assert "Control: LayerNorm + GELU, embeddings x \u221ad, 52.4 million" in scale
-    changed = verdicts.deviations(view_of(records, made.scaled(2.48, 2.39, variant="+depth")))
+    changed = verdicts.deviations(made.view_of(records, made.scaled(2.48, 2.39, variant="+depth")))
     assert "the loss changes by +0.1000 ± 0.0000" in " ".join(changed)
     depth = [line for line in changed if "(rung B, at its own best rate), 52.4 million" in line]
     assert len(depth) == 2
@@ -45,93 +41,18 @@ def test_other_rungs_have_verdicts_too() -> None:
     assert "stops at its first bad step, which alone makes it count as lost" in verdicts.collapse(view)[0]
     at_the_end = {"lost": {"step": None, "why": "final validation loss 9 is not below the unigram entropy 7"}}
     kept_on = [made.make("D", "paper_nan:identity", 1e-3, seed, None, **at_the_end) for seed in (1, 2)]
-    assert "lost 2 of 2 (16 to 100 %), 2 by the final loss; NaN" in verdicts.collapse(view_of(kept_on))[0]
+    assert "lost 2 of 2 (16 to 100 %), 2 by the final loss; NaN" in verdicts.collapse(made.view_of(kept_on))[0]
     wasted = " ".join(verdicts.wasted(view))
     assert "One costs +0.01275 ± 0.00000 (n = 5)" in wasted  # GELU: all four heads
 
 
 def test_the_sign_of_a_flip_is_that_of_the_losses() -> None:
     at_common = [made.make("A", "gelu", 2e-3, seed, 2.7 + 0.1 * seed) for seed in range(1, 6)]
-    text = " ".join(verdicts.order(view_of(at_common)))
+    text = " ".join(verdicts.order(made.view_of(at_common)))
     assert "At the common rate, 2e-3: \u22120.2994 ± 0.0007 (n = 5), as published; lost: 0 of 5" in text
     assert "taking them out changes ReLU \u2212 GELU by \u22120.1994 ± 0.0007 (n = 5) nats" in text
     assert "advantage" not in text
     assert "Published: they do, the same direction." in text
-
-
-@pytest.mark.parametrize("arm", ["gelu", "relu"])
-def test_lost_runs_show_in_the_verdict_on_scale(arm: str) -> None:
-    records = made.scaled(2.45, 2.44)
-    gone = [made.make("B", r["arm"], r["lr"], r["seed"], None) if r["arm"].startswith(arm) else r for r in records]
-    line = next(line for line in verdicts.scale(view_of(gone)) if "embeddings x 50" in line)
-    assert "no seed of which both survived" in line
-    assert f"{arm.upper().replace('RELU', 'ReLU')} 5 of 5 (48 to 100 %)" in line
-    absent = [record for record in records if not record["arm"].startswith(arm)]
-    line = next(line for line in verdicts.scale(view_of(absent)) if "embeddings x 50" in line)
-    assert f"{arm.upper().replace('RELU', 'ReLU')}: not run" in line
-    assert "0 of 5" in line
-    line = next(line for line in verdicts.scale(view_of(records, lost=("gelu1",))) if "embeddings x 50" in line)
-    assert "on rung A lost: ReLU 0 of 5 (0 to 52 %), GELU 1 of 5" in line
-    assert line.startswith("Preliminary")  # four pairs are left of the change
-
-
-def test_a_run_that_is_far_off_counts_and_is_named() -> None:
-    """One that learned next to nothing and is not lost decides a mean: the difference without it stands beside."""
-    records = made.scaled(2.45, 2.44)
-    alike = next(line for line in verdicts.scale(view_of(records)) if "embeddings x 50" in line)
-    assert "far off" not in alike
-    stuck = next(r for r in records if r["arm"].startswith("relu") and r["seed"] == 5 and not r["tuning"])
-    stuck["val_loss"] = 6.8
-    view = view_of(records)
-    line = next(line for line in verdicts.scale(view) if "embeddings x 50" in line)
-    before = alike.partition("GELU is ")[2].partition(" (n")[0]
-    assert "far off: ReLU, embeddings x 50's seed 5 at 6.800; without: " in line
-    assert line.partition("without: ")[2].startswith(before.partition(" ±")[0])
-    assert f"{before} (n = 5) nats" not in line
-    assert "(seed 5: 6.8000)" in " ".join(tables.results(view, "B"))
-    glance = next(row for row in front.at_a_glance(view) if row.startswith("| embeddings x 50"))
-    assert "(seed 5: 6.800)" in glance
-
-
-def test_scale_at_a_glance_has_the_published_rate_too() -> None:
-    """Rung B has it on the tuning seed alone."""
-    records = made.scaled(2.45, 2.44)
-    for arm, losses in (("relu+embed50", (2.5, 2.6)), ("gelu+embed50", (2.6, 2.7))):
-        records += [made.make("B", arm, lr, TUNING_SEED, x) for lr, x in zip((1e-3, 2e-3), losses, strict=True)]
-    view = view_of(records)
-    assert view.common_rate("A") == 2e-3
-    columns, _, *rows = front.at_a_glance(view)[-10:-1]
-    assert columns.endswith("at 2e-3, seed 101 alone, on the tokens that choose rates |")
-    assert next(row for row in rows if row.startswith("| embeddings x 50")).endswith(" | \u22120.100 |")
-    assert next(row for row in rows if row.startswith("| depth-scaled")).endswith(" | - |")
-
-
-def test_an_order_that_turns_round_is_not_a_percentage() -> None:
-    line = next(line for line in verdicts.scale(view_of(made.scaled(2.3, 2.6))) if "embeddings x 50" in line)
-    assert "the order turns round" in line
-    assert "%" not in line.partition("the order turns round")[0].partition("instead of")[2]
-    assert "contradicts" not in line  # the papers say nothing of other scales
-
-
-def test_a_share_is_of_the_seeds_that_both_have() -> None:
-    """Rung A's mean over other seeds says nothing of a change that is paired, nor its sign."""
-    records = [r for r in made.scaled(2.51, 2.46) if r["seed"] < 3]
-    view = view_of(records)
-    line = next(line for line in verdicts.scale(view) if "embeddings x 50" in line)
-    before = view.gap(*([r for r in view.own("A", arm) if r["seed"] < 3] for arm in ("relu", "gelu")))
-    change = line.partition("a change of ")[2].partition(" ±")[0]
-    gone = -100 * float(change) / before.mean
-    assert f"instead of {words.interval(before)} on the same seeds of rung A" in line
-    assert f"{gone:.0f} % of it is gone" in line
-
-
-def test_a_change_that_is_not_shown_has_no_percentage() -> None:
-    records = made.scaled(2.5, 2.4)
-    for record in records:
-        record["val_loss"] += 0.1 * (record["arm"].startswith("relu")) * (-1) ** record["seed"]
-    line = next(line for line in verdicts.scale(view_of(records)) if "embeddings x 50" in line)
-    assert ": no change is shown" in line
-    assert "is gone" not in line
 
 
 @pytest.mark.parametrize(("loss", "fails"), [(None, True), (6.2, True), (2.9, False)])
@@ -155,16 +76,16 @@ def test_an_optimum_at_the_end_of_its_ladder_is_said() -> None:
 def test_slopes_are_told_apart_one_by_one() -> None:
     opposite = [0.3, -0.3]  # whose mean is 0
     records = made.sloped("per_layer:0.1:nodecay", opposite) + made.sloped("per_layer:0.1:decay", [0.01, 0.01])
-    _, *lines = verdicts.slopes(view_of(records))
+    _, *lines = verdicts.slopes(made.view_of(records))
     assert "of 2 slopes 2 told apart from 0 and 2 from the start" in lines[0]
     assert "mean |slope| is 0.3000" in lines[0]
     assert "slopes end larger without decay" in lines[1]
-    one = verdicts.slopes(view_of(made.sloped("per_layer:0.1:nodecay", opposite, seeds=1)))
+    one = verdicts.slopes(made.view_of(made.sloped("per_layer:0.1:nodecay", opposite, seeds=1)))
     assert one[0].startswith("Preliminary")
     assert "one seed tells no slope apart" in one[0]
     moved = made.sloped("global:0.1:nodecay", [0.3])
     moved[0]["lr"] = 1e-3  # rung A changed its mind on the way: the last rate counts
-    assert "not run" not in verdicts.slopes(view_of(moved))[0]
+    assert "not run" not in verdicts.slopes(made.view_of(moved))[0]
 
 
 def test_survivors_with_numbers_that_are_not_finite() -> None:
@@ -194,7 +115,7 @@ def test_runs_of_other_lengths_are_not_paired() -> None:
 
 
 def test_lost_arms_keep_their_rows() -> None:
-    view = view_of(lost=everyone("gelu"))
+    view = made.view_of(lost=everyone("gelu"))
     for table in (tables.mechanism(view, "A"), tables.heads(view, "A")):
         rows = [row for row in table if row.startswith("| GELU |")]
         assert len(rows) == 1
@@ -232,7 +153,7 @@ def test_every_rung_has_its_differences() -> None:
         + made.sloped("per_layer:0.1:decay", [0.0])
     )
     records += [made.make("F", "gelu+fp16", 1e-3, seed, 2.6 + 0.1 * seed) for seed in range(1, 6)]
-    view = view_of(records)
+    view = made.view_of(records)
     for rung, rows in (("A", 6), ("B", 5), ("E", 3), ("F", 1)):
         table = differences(view, rung)[2:]
         assert len(table) == rows, rung
@@ -241,7 +162,7 @@ def test_every_rung_has_its_differences() -> None:
 
 def test_a_glance_has_the_differences_and_the_common_rate() -> None:
     more = [made.make("A", arm, 2e-3, seed, 2.7) for arm in ("gelu", "ln+gelu") for seed in range(1, 6)]
-    table = front.at_a_glance(view_of(made.rung_a() + more))
+    table = front.at_a_glance(made.view_of(made.rung_a() + more))
     assert "loss at 2e-3" in table[0]
     assert table[0].count("|") == table[2].count("|") == table[-2].count("|")
     assert "(published: \u22120.090) |  |  | \u22120.099 ± 0.001 (n = 5)" in table[-3]
