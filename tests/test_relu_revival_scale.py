@@ -35,6 +35,9 @@ def test_a_run_that_is_far_off_counts_and_is_named() -> None:
     assert "far off: ReLU, embeddings x 50's seed 5 at 6.800; without: " in line
     assert line.partition("without: ")[2].startswith(before.partition(" ±")[0])
     assert f"{before} (n = 5) nats" not in line
+    change = alike.partition("a change of ")[2].partition(" ±")[0]
+    assert f"(without what is far off {change[:6]}" in line
+    assert "what is far off" not in alike
     assert "(seed 5: 6.8000)" in " ".join(tables.results(view, "B"))
     glance = next(row for row in front.at_a_glance(view) if row.startswith("| embeddings x 50"))
     assert "(seed 5: 6.800)" in glance

@@ -55,6 +55,28 @@ def test_the_sign_of_a_flip_is_that_of_the_losses() -> None:
     assert "Published: they do, the same direction." in text
 
 
+def test_one_seed_says_who_is_ahead_and_no_more() -> None:
+    """It has no interval: "not told apart" would sound as if much had been measured."""
+    alone = [r for r in made.rung_a() if r["tuning"] or r["seed"] == 1]
+    view = View("short", "f00d", tuple(alone))
+    free, normed, flip = verdicts.order(view)[:3]
+    assert "ReLU is ahead in the one seed that there is: \u22120.0990 (n = 1)" in free
+    assert "GELU is ahead in the one seed that there is: +0.1000 (n = 1)" in normed
+    assert "which these runs neither show nor contradict" in free
+    assert "one seed, no interval" in flip
+    heads = verdicts.overloaded(view)[0]
+    assert "Preliminary: GELU's overload in the one seed: +100.0 (n = 1) percentage points" in heads
+    assert heads.count("(one seed, no interval)") == 2
+    assert "in the one seed that there is: a model without" in " ".join(verdicts.wasted(view))
+    assert not any("told apart" in line for line in (free, normed, flip, heads))
+
+
+def test_a_lost_run_says_what_happened_and_not_what_to_try() -> None:
+    lost = {"step": 70, "why": "step 70: the loss is NaN. What to try: a lower optim.lr.\nmore", "account": None}
+    records = [made.make("A", "relu", 4e-3, TUNING_SEED, None, lost=lost)]
+    assert tables.lost_runs(made.view_of(records), "A")[-1].endswith("| 70 | step 70: the loss is NaN. |")
+
+
 @pytest.mark.parametrize(("loss", "fails"), [(None, True), (6.2, True), (2.9, False)])
 def test_the_next_rate_up_is_named_where_it_fails(loss: float | None, fails: bool) -> None:
     at_4e3 = made.make("A", "relu", 4e-3, TUNING_SEED, loss)

@@ -17,6 +17,7 @@ from normfree.records import RunWriter
 from normfree.runs import SITES, Run, load_run
 from plotting import common, entropy_heatmap, entropy_ranges, layerwise_entropy, learned_slopes, nan_counts
 from revival import words
+from revival.cases import about
 from revival.cells import PUBLISHED_STEPS, PUBLISHED_T
 from revival.heads_table import costs
 from revival.records import Record, is_lost, numbers
@@ -96,8 +97,10 @@ def one_of(view: View, rung: str, arm: str) -> Record | None:
     return kept[0] if kept else None
 
 
-def _titled(record: Record) -> str:
-    return f"{words.arm_words(record['arm'])}, rate {words.rate_name(record['lr'])}, seed {record['seed']}"
+def _titled(record: Record, prefix: str = "") -> str:
+    """`prefix`: of an arm's name, where a figure says it once for all its panels."""
+    arm = words.arm_words(record["arm"].removeprefix(prefix))
+    return f"{arm}, rate {words.rate_name(record['lr'])}, seed {record['seed']}"
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -128,15 +131,30 @@ def maps(view: View, rung: str, folder: Path, prefix: str = "") -> dict[str, Pat
     drawn: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
-        ends = [at_the_end(record, _titled(record), base / f"end{i}") for i, (_, record) in enumerate(found)]
-        ways = [on_the_way(record, _titled(record), base / f"way{i}") for i, (_, record) in enumerate(found)]
+        ends = [at_the_end(record, _titled(record, prefix), base / f"end{i}") for i, (_, record) in enumerate(found)]
+        ways = [on_the_way(record, _titled(record, prefix), base / f"way{i}") for i, (_, record) in enumerate(found)]
         theirs = [published(arm, base / f"published{i}") for i, (arm, _) in enumerate(found)]
         same = found[0][1]["T"] == PUBLISHED_T  # shares and ceilings of other lengths do not compare
         both = ends + theirs if same else ends
-        drawn["maps"] = draw(folder / f"{name}_maps.png", lambda fig: _maps(fig, both), WIDE)
-        drawn["ranges"] = draw(folder / f"{name}_ranges.png", lambda fig: _ranges(fig, ends, theirs if same else []))
-        drawn["layers"] = draw(folder / f"{name}_layers.png", lambda fig: layerwise_entropy.plot(ways, fig))
+        plots: dict[str, Callable[[Figure], object]] = {
+            "maps": lambda fig: _maps(fig, both),
+            "ranges": lambda fig: _ranges(fig, ends, theirs if same else []),
+            "layers": lambda fig: layerwise_entropy.plot(ways, fig),
+        }
+        for kind, plot in plots.items():
+            titled = _under(about(rung, prefix), plot)
+            drawn[kind] = draw(folder / f"{name}_{kind}.png", titled, WIDE if kind == "maps" else common.WIDTHS[1])
     return drawn
+
+
+def _under(title: str, plot: Callable[[Figure], object]) -> Callable[[Figure], None]:
+    """A plot with a title over all its panels."""
+
+    def titled(fig: Figure) -> None:
+        plot(fig)
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+
+    return titled
 
 
 def _measured_on(text: str) -> str:

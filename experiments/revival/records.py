@@ -93,5 +93,10 @@ def is_lost(record: Record) -> bool:
     return record["status"] == "lost"
 
 
+def why_lost(record: Record) -> str:
+    """What happened, in one line; the trainer's advice after it is for whoever can still change the run."""
+    return str(record["lost"]["why"]).splitlines()[0].partition(" What to try: ")[0]
+
+
 def same_rate(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6)

@@ -199,7 +199,7 @@ class Session:
             record = results.of(cell)
             if record is not None:
                 loss = record.get("val_loss")
-                shown = f"lost ({record['lost']['why'].splitlines()[0]})" if record["lost"] else f"val loss {loss:.4f}"
+                shown = f"lost ({store.why_lost(record)})" if record["lost"] else f"val loss {loss:.4f}"
                 say(f"{record['name']}: {shown}, {record['seconds']:.0f} s")
         say(f"{len(cells)} cells took {seconds:.0f} s" if len(cells) > 1 else f"its process took {seconds:.0f} s")
 

@@ -27,6 +27,11 @@ class Difference:
         return self.n < ENOUGH
 
     @property
+    def single(self) -> bool:
+        """One pair has no interval: nothing is told apart, however large it is."""
+        return self.half is None
+
+    @property
     def sign(self) -> int:
         """-1 or 1 where the interval leaves out 0, else 0: not told apart."""
         if self.half is None or abs(self.mean) <= self.half:

@@ -8,7 +8,7 @@ import numpy as np
 from revival import words
 from revival.cases import own_rate
 from revival.heads_table import summary
-from revival.records import Record, is_lost, numbers
+from revival.records import Record, is_lost, numbers, why_lost
 from revival.trace import LEFT
 from revival.view import FOUR, View, mean_entropy, overload, values
 
@@ -82,15 +82,11 @@ def _tried(loss: float | None, best: bool) -> str:
 def lost_runs(view: View, rung: str) -> list[str]:
     """Every lost run by name: why, and at which step."""
     rows = [
-        [r["name"], str(r["lost"]["step"] if r["lost"]["step"] is not None else "end"), _first_line(r["lost"]["why"])]
+        [r["name"], str(r["lost"]["step"] if r["lost"]["step"] is not None else "end"), why_lost(r).replace("|", "/")]
         for r in view.records
         if r["rung"] == rung and is_lost(r)
     ]
     return words.table(["lost run", "step", "why"], rows) if rows else []
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0].replace("|", "/")
 
 
 def bad_steps(view: View, rung: str) -> list[str]:

@@ -77,13 +77,19 @@ def _order(
     gone = lost_of(ReLU=ours, GELU=theirs) + not_paired(ours, theirs) + more
     if gap is None:
         return f"{head}, {tokens_of(ours)}: no seed of which both arms survived and compare; {gone}."
-    who = {-1: "ReLU beats GELU", 1: "GELU beats ReLU", 0: "ReLU and GELU are not told apart"}[gap.sign]
+    who = {-1: "ReLU beats GELU", 1: "GELU beats ReLU", 0: _undecided(gap)}[gap.sign]
     rates = f"rates {words.rate_name(ours[0]['lr'])} and {words.rate_name(theirs[0]['lr'])}"
     agreement = _tuned(view, ours, _agreement(gap.sign, -1 if published < 0 else 1))
     return (
         f"{preliminary(gap)}{head}, {tokens_of(ours)}: {who}: {splits(view, ours, theirs)}; "
         f"{quarters(view, ours, theirs)}; {rates}; {gone}. Published: {words.signed(published, 3)}{agreement}."
     )
+
+
+def _undecided(gap: Difference) -> str:
+    if gap.single:
+        return f"{'ReLU' if gap.mean < 0 else 'GELU'} is ahead in the one seed that there is"
+    return "ReLU and GELU are not told apart"
 
 
 def _at_common(view: View, rung: str, one: str, other: str, published: float) -> str:
@@ -99,7 +105,7 @@ def _at_common(view: View, rung: str, one: str, other: str, published: float) ->
     if gap is None:
         return f" {head}: no seed of which both arms survived and compare; {gone}."
     agrees = gap.sign == (-1 if published < 0 else 1)
-    told = "not told apart from 0" if gap.sign == 0 else "as published" if agrees else "**against the paper**"
+    told = words.untold(gap) if gap.sign == 0 else "as published" if agrees else "**against the paper**"
     return f" {head}: {words.interval(gap)}, {told}; {gone}."
 
 
@@ -118,9 +124,11 @@ def _tuned(view: View, runs: Sequence[Record], agreement: str) -> str:
 
 def _as_published(sign: int, published: int) -> str:
     """The same where what is published is not in the sentence."""
-    if sign == 0:
-        return " (not told apart from 0)"
     return ", as in the paper" if sign == published else f". {AGAINST}"
+
+
+def _gap_as_published(gap: Difference, published: int) -> str:
+    return _as_published(gap.sign, published) if gap.sign else f" ({words.untold(gap)})"
 
 
 def _flip(view: View, rung: str, prefix: str, published: dict[str, float]) -> list[str]:
@@ -159,7 +167,7 @@ def _turned(view: View, arms: dict[str, list[Record]], published: float) -> tupl
     change = paired(free.points, normed.points) if free and normed else None
     if free is None or normed is None or change is None:
         return None
-    told = {-1: "with the published sign", 1: "against the published sign", 0: "not told apart from 0; published"}
+    told = {-1: "with the published sign", 1: "against the published sign", 0: f"{words.untold(change)}; published"}
     text = (
         f"taking them out changes ReLU {words.MINUS} GELU by {words.interval(change)} nats, {told[change.sign]} "
         f"({words.signed(published, 3)})"
@@ -213,17 +221,17 @@ def overloaded(view: View) -> list[str]:
         if against_relu is not None:
             text += (
                 f" {preliminary(against_relu)}Without norms, ReLU {words.MINUS} GELU is "
-                f"{words.interval(points(against_relu), 1)} percentage points{_as_published(against_relu.sign, -1)}."
+                f"{words.interval(points(against_relu), 1)} percentage points{_gap_as_published(against_relu, -1)}."
             )
         lines.append(text)
     return [*lines, f"{_published_overload()}."]
 
 
 def _overload_of(gap: Difference) -> str:
-    there = {1: "is there", -1: "is not there", 0: "is not shown"}[gap.sign]
+    there = {1: "is there", -1: "is not there", 0: "in the one seed" if gap.single else "is not shown"}[gap.sign]
     return (
         f"{preliminary(gap)}GELU's overload {there}: {words.interval(points(gap), 1)} percentage points more than "
-        f"with norms{_as_published(gap.sign, 1)}"
+        f"with norms{_gap_as_published(gap, 1)}"
     )
 
 

@@ -47,7 +47,8 @@ def _wasted(name: str, everyone: Sequence[Record]) -> str:
     others = f", any other head {words.interval(difference(rest), 5)}" if rest else ""
     both = [difference(at_once(records, kind)) for kind in ("uniform", "mean")]
     together = [words.interval(gap) for gap in both]
-    told = "together they are of use" if both[0].sign > 0 else "that they are of use together is not shown"
+    shown = "in the one seed that there is" if both[0].single else "that they are of use together is not shown"
+    told = "together they are of use" if both[0].sign > 0 else shown
     return (
         f"{few}{name}, {tokens_of(records)}: {told}: a model without any of its overloaded heads loses {together[0]}, "
         f"with their own mean attention {together[1]}. One costs {words.interval(difference(mine), 5)}{others}; less "

@@ -17,7 +17,7 @@ from revival.cases import (
 )
 from revival.records import Record
 from revival.statistics import Difference, difference, paired
-from revival.view import View, overload
+from revival.view import View, far_off, overload
 
 CHANGED, BASE = "changed", "rung A"
 BOTH = ("+embed22.627", "+embed50", "-ffbias", "+depth")  # variants of GELU and of ReLU
@@ -52,22 +52,27 @@ def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
     if after is None:
         return f"{head}: no seed of which both survived and compare; {gone}."
     change = paired(after.points, before.points) if before else None
+    far = set(far_off(ours)) | set(far_off(theirs))
     alone = f"GELU alone: {_own(view, theirs, base)}."
     if variant not in GELU_ONLY:
         alone += f" ReLU alone: {_own(view, ours, base_relu)}."
     return (
         f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)}, "
-        f"{_explained(before, after, change)}; {quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}."
+        f"{_explained(before, after, change, far)}; {quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}."
     )
 
 
-def _explained(before: Difference | None, after: Difference, change: Difference | None) -> str:
-    """What became of the difference that was there before, on the seeds that both have."""
+def _explained(before: Difference | None, after: Difference, change: Difference | None, far: set[int]) -> str:
+    """What became of the difference that was there before, on the seeds that both have; `far`: seeds that are far off,
+    without which the change is given too.
+    """
     if before is None or change is None:
         return "and there is no seed that it can be compared with on rung A"
     base = difference({seed: before.points[seed] for seed in change.points})
     same = "" if change.n == before.n else "the same seeds of "
     text = f"instead of {words.interval(base)} on {same}rung A, a change of {words.interval(change)}"
+    rest = {seed: value for seed, value in change.points.items() if seed not in far}
+    text += f" (without what is far off {words.interval(difference(rest))})" if 0 < len(rest) < change.n else ""
     if before.sign == 0:
         return f"{text} (before, it was not told apart from 0, so that no share of it can be explained)"
     if change.sign == 0:
@@ -108,7 +113,7 @@ def _changed(view: View, name: str, arms: dict[str, tuple[str, str]], theirs: Se
     rates = f"rate {words.rate_name(ours[0]['lr'])}"
     if gap is None:
         return f"{name}, {tokens_of(ours)}, {rates}: no seed of which both survived and compare; {gone}."
-    what = {-1: "better", 1: "worse", 0: "not told apart"}[gap.sign]
+    what = {-1: "better", 1: "worse", 0: words.untold(gap)}[gap.sign]
     shares = f"{words.mean(overload(theirs), 1, 100)} to {words.mean(overload(ours), 1, 100)} %"
     change = words.interval(points(view.gap(ours, theirs, "overload")), 1)
     return (

@@ -71,6 +71,11 @@ def interval(difference: Difference | None, digits: int = 4) -> str:
     return f"{signed(difference.mean, digits)}{half} (n = {difference.n})"
 
 
+def untold(difference: Difference) -> str:
+    """Why a difference has no sign."""
+    return "one seed, no interval" if difference.single else "not told apart from 0"
+
+
 def mean(samples: Mapping[int, float], digits: int = 4, factor: float = 1.0) -> str:
     """Mean and half width of the 95 % t interval."""
     if not samples:

@@ -156,17 +156,22 @@ def test_loss_by_position_takes_about_as_long_as_the_loss():
 
 def test_evaluation_needs_no_more_memory_than_training(train_tiny, monkeypatch):
     """A vocabulary that dwarfs the model: its logits are what there is to hold, 1.5 GiB in fp32."""
-    evaluate, peaks = Trainer.evaluate, []
+    evaluate, peaks = Trainer.evaluate, {"training": [], "evaluation": []}
+
+    def peak():
+        torch.cuda.synchronize()
+        found = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return found
 
     def watched(self, step, record):
-        torch.cuda.synchronize()
-        trained = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        peaks["training"].append(peak())
         evaluate(self, step, record)
-        peaks.append((torch.cuda.max_memory_allocated(), trained))
+        peaks["evaluation"].append(peak())
 
     monkeypatch.setattr(Trainer, "evaluate", watched)
-    large = {"model.vocab_size": 50304, "train.batch_size": 512, "train.max_steps": 2, "train.eval_every": 1}
+    large = {"model.vocab_size": 50304, "train.batch_size": 512, "train.max_steps": 3, "train.eval_every": 1}
     train_tiny(**CUDA | large | {"train.precision": "bf16", "train.eval_tokens": 512 * 16})
-    assert all(here <= trained for here, trained in peaks[1:])
-    assert len(peaks) > 1
+    # The first step makes the optimizer's moments, and reaches its peak before they are there.
+    assert len(peaks["evaluation"]) > 2
+    assert max(peaks["evaluation"]) <= 1.02 * max(peaks["training"]), peaks
