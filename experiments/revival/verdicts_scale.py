@@ -52,13 +52,13 @@ def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
     if after is None:
         return f"{head}: no seed of which both survived and compare; {gone}."
     change = paired(after.points, before.points) if before else None
-    far = set(far_off(ours)) | set(far_off(theirs))
     alone = f"GELU alone: {_own(view, theirs, base)}."
     if variant not in GELU_ONLY:
         alone += f" ReLU alone: {_own(view, ours, base_relu)}."
+    became = _explained(before, after, change, set(far_off(ours)) | set(far_off(theirs)))
     return (
-        f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)}, "
-        f"{_explained(before, after, change, far)}; {quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}."
+        f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)}, {became}; "
+        f"{quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}."
     )
 
 
