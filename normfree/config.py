@@ -319,7 +319,9 @@ def weights_settings(config: Config) -> dict[str, Any]:
     settings = {name: value for name, value, weights in flat_keys(config) if weights}
     if config.debug.inject.step is None:  # nothing is planted: these keys name nothing
         settings = {name: value for name, value in settings.items() if not name.startswith("debug.")}
-    if config.nan_policy != "rollback":
+    if config.nan_policy == "rollback":
+        settings["train.checkpoint_every"] = config.train.checkpoint_every  # where it goes back to
+    else:
         settings = {name: value for name, value in settings.items() if not name.startswith("rollback.")}
     if config.spike_sigma is None:
         del settings["spike_sigma"]

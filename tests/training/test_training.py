@@ -136,6 +136,12 @@ def test_the_directory_name_follows_what_can_change_the_weights(tiny):
         assert weights_hash(tiny(**{name: value})) == base, name
 
 
+@pytest.mark.parametrize(("policy", "matters"), [("raise", False), ("skip", False), ("rollback", True)])
+def test_how_often_there_is_a_checkpoint_matters_where_a_run_may_go_back_to_one(tiny, policy, matters):
+    often, seldom = (weights_hash(tiny(nan_policy=policy, **{"train.checkpoint_every": n})) for n in (5, 10))
+    assert (often != seldom) == matters
+
+
 def test_another_configuration_is_refused_and_nothing_is_touched(train_tiny, tiny, tmp_path):
     run = train_tiny()
     before = {p: p.stat().st_mtime_ns for p in run.directory.rglob("*")}
