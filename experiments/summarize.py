@@ -23,9 +23,9 @@ import numpy as np
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, say, unknown
 from normfree.heads import range_shares
 from normfree.records import write_atomically
-from normfree.runs import Run, expand, norm_label
+from normfree.runs import Run, expand, is_lost, norm_label
 from plotting.common import seq_len, sourced
-from plotting.seeds import Group, differing_keys, final, group, is_lost, mean_interval
+from plotting.seeds import Group, differing_keys, final, group, mean_interval
 
 DASH = "-"
 OVERLOADED_RANGE = 3  # the last of heads.RANGES

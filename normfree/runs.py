@@ -14,6 +14,7 @@ next writer.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cached_property
@@ -186,6 +187,17 @@ class Run:
     def to_csv(self, path: str | Path) -> None:
         """The scalars as CSV."""
         self.metrics.to_csv(path, index=False)
+
+
+def is_lost(run: Run) -> bool:
+    """Diverged, failed, or finished on a loss that is not finite (`nan_policy=log` trains on): the last one of
+    validation, or of training where nothing was evaluated.
+    """
+    status = run.status.get("status")
+    if status in LOST:
+        return True
+    values = next((v for v in (run.series(name)[1] for name in ("val/loss", "train/loss")) if len(v)), None)
+    return status == "finished" and values is not None and not math.isfinite(values[-1])
 
 
 def lost_at(run: Run) -> int | None:

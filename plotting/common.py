@@ -22,10 +22,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError, say
-from normfree.runs import Run, expand, norm_label
+from normfree.runs import Run, expand, is_lost, norm_label
 from normfree.runs import labels as labels  # every script says common.labels
 from plotting.places import check_files, check_format
-from plotting.seeds import is_lost
 
 Row = dict[str, Any]
 Plot = Callable[[Sequence[Run], FigureBase, argparse.Namespace], list[Row]]

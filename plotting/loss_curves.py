@@ -14,9 +14,9 @@ from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 
 from normfree.errors import UserError
-from normfree.runs import Run, lost_at
+from normfree.runs import Run, is_lost, lost_at
 from plotting import common
-from plotting.seeds import Group, group, is_lost, mean_interval
+from plotting.seeds import Group, group, mean_interval
 
 DEFAULT = ("train/loss", "val/loss")
 UNITS = {

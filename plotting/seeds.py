@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from normfree.config import Config, flat_keys, weights_hash, weights_settings
 from normfree.errors import UserError
-from normfree.runs import LOST, Run
+from normfree.runs import Run, is_lost
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 T_TABLE = (
@@ -39,12 +39,6 @@ class Group:
         if n == 1:
             return f"seed {self.runs[0].config.seed}" + (", lost" if self.lost else "")
         return f"{n} seeds" + (f", {self.lost} of {n} lost" if self.lost else "")
-
-
-def is_lost(run: Run) -> bool:
-    """Diverged, failed, or finished on a validation loss that is not finite (`nan_policy=log` trains on)."""
-    status = run.status.get("status")
-    return status in LOST or (status == "finished" and not math.isfinite(final(run, "val/loss")))
 
 
 def final(run: Run, metric: str) -> float:

@@ -1,6 +1,5 @@
 """What the figures of the page draw, of one run: plain lists, dictionaries and packed arrays."""
 
-import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from normfree.errors import EXIT_DIRECTORY, UserError
 from normfree.heads import entropy_ceiling
 from normfree.records import ArrayInfo
 from normfree.report.packing import MAX_LAYER_RECORDS, MAX_RECORDS, kept_records, pack, thinned
-from normfree.runs import LOST, SITES, TIMES, Run, lost_at
+from normfree.runs import SITES, TIMES, Run, is_lost, lost_at
 
 SOURCES = ("probe", "train")  # the fixed validation probe in eval mode; the training batch
 # The sites of one layer in the order in which they are computed.
@@ -29,15 +28,6 @@ def seq_len(run: Run) -> int:
     """T, the tokens of a training sequence; it sets the ceiling of the entropies."""
     T = run.config.data.seq_len
     return T if T is not None else min(run.config.model.block_size, DEFAULT_SEQ_LEN)
-
-
-def is_lost(run: Run) -> bool:
-    """Diverged, failed, or finished on a loss that is not finite (`nan_policy=log` trains on)."""
-    status = run.status.get("status")
-    if status in LOST:
-        return True
-    values = next((v for v in (run.series(name)[1] for name in ("val/loss", "train/loss")) if len(v)), None)
-    return status == "finished" and values is not None and not math.isfinite(values[-1])
 
 
 def run_data(run: Run, label: str) -> dict[str, Any]:

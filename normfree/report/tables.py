@@ -10,8 +10,8 @@ import numpy as np
 
 from normfree.config import Config, flat_keys
 from normfree.heads import is_overloaded
-from normfree.report.data import SOURCES, array, events, fault, is_lost, seq_len
-from normfree.runs import Run, norm_label
+from normfree.report.data import SOURCES, array, events, fault, seq_len
+from normfree.runs import Run, is_lost, norm_label
 
 NAMES = ("name", "run_dir")  # they differ between any two runs, and the page names the runs elsewhere
 DASH = "\N{EN DASH}"
