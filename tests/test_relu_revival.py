@@ -148,6 +148,27 @@ def test_longer_sequences_are_read_once_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert [task["key"] for task in tasks] == [results.key(cell) for cell in found]
 
 
+def test_scale_is_looked_at_where_rates_are_equal_too() -> None:
+    """At rates of its own an arm that may take a higher one is ahead by that; rung A's common rate takes it out."""
+    named = report.Named(View("short", "f00d", tuple(made.rung_a())))
+    found = [cell for cell in plan("short", named, ["B"]).cells if not cell.tuning]
+    assert {cell.lr for cell in found} == {2e-3}
+    assert {cell.arm.name for cell in found} == {
+        *("gelu+embed22.627", "gelu+embed50", "gelu+beta10", "gelu+beta60", "relu+embed22.627", "relu+embed50")
+    }
+    assert len(found) == 6 * 5
+
+
+def test_the_longer_warm_up_is_all_that_rung_a3_changes() -> None:
+    named = report.Named(View("short", "f00d", tuple(made.rung_a())))
+    cell = next(c for c in plan("short", named, ["A3/warmup:relu"]).cells if c.lr == 2e-3)
+    ours, theirs = cells.config_of(cell), cells.config_of(rungs.base("relu").cell(2e-3, cell.seed))
+    assert cells.LONG_WARMUP / ours.train.max_steps == cells.PUBLISHED_WARMUP / cells.PREFIX_STEPS
+    assert ours.optim.warmup_steps == cells.LONG_WARMUP != theirs.optim.warmup_steps
+    ours.optim.warmup_steps = theirs.optim.warmup_steps
+    assert ours == theirs
+
+
 def test_slopes_are_decayed_by_the_published_total() -> None:
     ours = OptimConfig(lr=2e-3, warmup_steps=200, schedule="linear", lr_final=1e-4)
     total = cells.slope_decay(ours, 800) * sum(cells.learning_rate(step, 800, ours) for step in range(800))

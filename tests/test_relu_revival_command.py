@@ -155,8 +155,8 @@ def test_every_rung_is_in_the_table_of_the_page() -> None:
     """Arms are counted from the ladder; where this fails, `ARMS` of overview.py has to say what they are now."""
     rows = [row.split(" | ") for row in overview.rungs() if re.match(r"\| [A-G] ", row)]
     assert [row[5].split(":")[0] for row in rows] == ["4", "11", "8", "2", "12", "6", "4"]
-    assert rows[2][2:5] == ["GPT-2 124M", "128", "211.4 million and 52.4 million"]
-    assert rows[4][6] == "GPT-2 124M, 2.11 billion, 4 of the 12 arms |"
+    assert rows[2][2:5] == ["GPT-2's dimensions", "128", "211.4 million and 52.4 million"]
+    assert rows[4][6] == "GPT-2's dimensions, 2.11 billion, 4 of the 12 arms |"
     scaled = {arm + v for arm in ("gelu", "relu") for v in verdicts_scale.BOTH} | {verdicts_scale.CONTROL}
     assert set(overview.rung_of("short", "B").arms) == scaled | {f"gelu{v}" for v in verdicts_scale.GELU_ONLY}
     assert set(overview.ASKED) == set(overview.ARMS) == set(rungs.LADDER["short"]) >= set(rungs.LADDER["full"])

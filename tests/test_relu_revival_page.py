@@ -53,9 +53,7 @@ def test_the_verdicts_follow_from_the_numbers(page: Any) -> None:
     assert "lost: 0 of 5 (0 to 52 %) each" in text
     assert "52.4 million tokens (0.87 epochs of 60.0 million)" in text
     assert "At the common rate, 2e-3: " not in text  # rung A's runs at it are not there
-    assert (
-        "(added after rung A was seen); GPT-2 124M, T = 128, the published schedule's first tenth; GPT-2 124M" in text
-    )
+    assert "(added after rungs A to C were seen); GPT-2's dimensions, T = 128, the published schedule's first" in text
     assert "input explain?**\n\n- Not run.\n" in text
 
 
@@ -176,6 +174,22 @@ def test_what_did_not_learn_stands_above_the_losses(
     assert len(marks) == sum(loss != 2.0 for loss in losses)
     assert all(mark.get_ydata()[0] < 3 for mark in marks)
     assert all(mark.get_ydata()[0] > max(ax.get_yticks(), default=0) for mark in marks)
+
+
+def test_marks_stand_at_their_rate_above_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Beside it they would say that rates between were run."""
+    drawn = keep_figures(monkeypatch, figures_rates)
+    arms = {"gelu": (2.0, None, None), "relu": (2.1, 6.5, None)}
+    tried = [
+        made.make("A", arm, lr, 101, x)
+        for arm, losses in arms.items()
+        for lr, x in zip((1e-3, 2e-3, 4e-3), losses, strict=True)
+    ]
+    figures_rates.loss_against_rate(View("short", "f00d", tuple(tried)), "A", tmp_path)
+    marks = [line for line in drawn[0].axes[0].get_lines() if line.get_marker() in "^x"]
+    places = [(float(mark.get_xdata()[0]), float(mark.get_ydata()[0])) for mark in marks]
+    assert sorted(x for x, _ in places) == [2e-3, 2e-3, 4e-3, 4e-3]
+    assert len(set(places)) == 4
 
 
 def test_many_arms_have_a_panel_for_each_that_they_were_made_of(

@@ -1,9 +1,14 @@
 """Verdicts and tables of experiments/relu_revival.py on scale, of results with known numbers."""
 
 import fixtures.make_results as made
+import numpy as np
 import pytest
-from revival import front, tables, verdicts, words
+from revival import cases, front, tables, verdicts, words
 from revival.cells import TUNING_SEED
+from revival.differences import differences
+from revival.heads_table import replaceable
+
+from normfree.heads import entropy_ceiling
 
 
 @pytest.mark.parametrize("arm", ["gelu", "relu"])
@@ -51,9 +56,43 @@ def test_scale_at_a_glance_has_the_published_rate_too() -> None:
     view = made.view_of(records)
     assert view.common_rate("A") == 2e-3
     columns, _, *rows = front.at_a_glance(view)[-10:-1]
-    assert columns.endswith("at 2e-3, seed 101 alone, on the tokens that choose rates |")
-    assert next(row for row in rows if row.startswith("| embeddings x 50")).endswith(" | \u22120.100 |")
+    assert columns.endswith("at 2e-3; of seed 101, on the tokens that choose rates |")
+    assert next(row for row in rows if row.startswith("| embeddings x 50")).endswith(" | \u22120.100 (seed 101) |")
     assert next(row for row in rows if row.startswith("| depth-scaled")).endswith(" | - |")
+    line = next(line for line in verdicts.scale(view) if "embeddings x 50" in line)
+    assert "At the common rate, 2e-3, seed 101 alone" in line
+    assert line.endswith(": \u22120.100 instead of \u22120.200.")
+
+
+def test_reported_seeds_at_the_published_rate_stand_in_for_the_tuning_seed() -> None:
+    """Then the tokens are those that are reported, and what became of the difference is said as at own rates."""
+    arms = {"relu+embed50": 2.5, "gelu+embed50": 2.51, "gelu": 2.7}
+    records = made.scaled(2.45, 2.44)
+    for arm, loss in arms.items():
+        rung = "A" if arm == "gelu" else "B"
+        records += [made.make(rung, arm, 2e-3, seed, loss + 0.001 * (seed % 2)) for seed in range(1, 6)]
+    records += [made.make("B", f"{act}+embed50", 1e-3, TUNING_SEED, 2.5) for act in ("relu", "gelu")]
+    view = made.view_of(records)
+    row = next(row for row in front.at_a_glance(view) if row.startswith("| embeddings x 50"))
+    assert row.endswith(" | \u22120.010 ± 0.000 (n = 5) |")
+    line = next(line for line in verdicts.scale(view) if "embeddings x 50" in line)
+    assert " At the common rate, 2e-3: \u22120.0100 ± 0.0000 (n = 5) nats, instead of " in line
+    assert sum("common rate" in row for row in differences(view, "B")) == 1
+
+
+def test_a_share_of_heads_is_given_without_what_is_far_off() -> None:
+    """A run that learned nothing has heads too, and they say nothing of the others; nor has it any to replace."""
+    records = made.scaled(2.45, 2.44)
+    stuck = next(r for r in records if r["arm"].startswith("relu") and r["seed"] == 5)
+    stuck["val_loss"], stuck["entropy"] = 6.8, [[0.0, 0.0], [0.0, 0.0]]
+    for record in records:
+        if record is not stuck:
+            record["entropy"] = (np.full((2, 2), 0.9) * entropy_ceiling(128)).tolist()
+    view = made.view_of(records)
+    relu = view.own("B", "relu+embed50")
+    assert cases.shares(relu, "overload") == "80.0 ± 55.5 (without seed 5: 100.0 ± 0.0)"
+    assert cases.shares(relu[:4], "overload") == "100.0 ± 0.0"
+    assert [r["seed"] for r in replaceable(relu)] == [1, 2, 3, 4]
 
 
 def test_an_order_that_turns_round_is_not_a_percentage() -> None:

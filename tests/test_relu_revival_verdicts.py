@@ -3,6 +3,7 @@
 from typing import Any
 
 import fixtures.make_results as made
+import numpy as np
 import pytest
 from revival import front, report, rungs, tables, verdicts
 from revival.cells import TUNING_SEED, Cell
@@ -11,6 +12,8 @@ from revival.plan import plan
 from revival.study import Results
 from revival.tuning import between
 from revival.view import View
+
+from normfree.heads import entropy_ceiling
 
 
 def everyone(arm: str) -> tuple[str, ...]:
@@ -67,8 +70,41 @@ def test_one_seed_says_who_is_ahead_and_no_more() -> None:
     heads = verdicts.overloaded(view)[0]
     assert "Preliminary: GELU's overload in the one seed: +100.0 (n = 1) percentage points" in heads
     assert heads.count("(one seed, no interval)") == 2
-    assert "in the one seed that there is: a model without" in " ".join(verdicts.wasted(view))
+    assert "in the one seed that there is: with uniform attention" in " ".join(verdicts.wasted(view))
     assert not any("told apart" in line for line in (free, normed, flip, heads))
+
+
+def test_a_threshold_that_turns_the_order_of_overload_is_said() -> None:
+    """Overloaded heads of one arm may lie just above three quarters, and of the other at the ceiling."""
+    records = made.rung_a()
+    for record in records:
+        if not record["tuning"] and record["arm"] in ("gelu", "relu"):
+            levels = [0.8, 0.8, 0.8, 0.5] if record["arm"] == "gelu" else [0.95, 0.95, 0.5, 0.5]
+            record["entropy"] = (np.array(levels).reshape(2, 2) * entropy_ceiling(128)).tolist()
+    text = verdicts.overloaded(View("short", "f00d", tuple(records)))[0]
+    assert (
+        "ReLU \u2212 GELU is \u221225.0 ± 0.0 (n = 5) percentage points, as in the paper; **at 0.9 of the ceiling it"
+        in text
+    )
+    assert "the other way round**: +50.0 ± 0.0" in text
+    assert "other way round" not in verdicts.overloaded(made.view_of([]))[0]
+
+
+def test_what_warm_up_and_decay_a_verdict_is_of_is_said() -> None:
+    records = [r | {"steps": 800, "words": ["optim.warmup_steps=200"]} for r in made.rung_a()]
+    line = verdicts.order(View("short", "f00d", tuple(records)))[0]
+    assert "rates 2e-3 and 1e-3, warm-up 200 of 800 steps; lost" in line
+    assert ". Published: \u22120.090" in line
+    cut = [r | {"words": [*r["words"], "optim.lr_final=0.947"]} for r in records]
+    line = verdicts.order(View("short", "f00d", tuple(cut)))[0]
+    assert "Published, at the end of its decay, where these runs have hardly begun it: \u22120.090" in line
+
+
+def test_only_arms_that_were_run_are_counted_as_not_lost() -> None:
+    three = [r for r in made.rung_a() if r["arm"] != "ln+gelu" or r["tuning"]]
+    lines = verdicts.order(View("short", "f00d", tuple(three)))
+    assert "lost: LayerNorm + ReLU 0 of 5 (0 to 52 %), GELU 0 of 5 (0 to 52 %), ReLU 0 of 5 (0 to 52 %)." in lines[2]
+    assert "each" not in lines[2]
 
 
 def test_a_lost_run_says_what_happened_and_not_what_to_try() -> None:

@@ -11,6 +11,7 @@ from revival.view import FAR, QUARTERS, View, far_off, unlike, values
 CASES = (
     ("A", "", "Pythia-70M, T = 128"),
     ("A2", "", "Pythia-70M, T = 128"),
+    ("A3", "warmup:", "Pythia-70M, T = 128"),
     ("C", "faithful_prefix:", "GPT-2 124M, T = 128"),
     ("C", "faithful:", "GPT-2 124M, T = 128"),  # at scale full
     ("C", "tuned:", "GPT-2 124M, T = 128"),
@@ -19,7 +20,8 @@ CASES = (
 ABOUT = {
     "A": "Pythia-70M's dimensions, T = 128",
     "A2": "Pythia-70M's dimensions, T = 128, rates in steps of \u221a2 (added after rung A was seen)",
-    "C": "GPT-2 124M, T = 128",
+    "A3": "Pythia-70M's dimensions, T = 128",
+    "C": "GPT-2's dimensions, T = 128",
     "G": "Pythia-70M's dimensions, T = 256, at the rates of T = 128",
 }
 
@@ -28,6 +30,7 @@ def about(rung: str, prefix: str) -> str:
     more = {
         "faithful_prefix:": ", the published schedule's first tenth",
         "faithful:": ", the published schedule",
+        "warmup:": ", half of the run as warm-up (added after rungs A to C were seen)",
         "tuned:": ", rates tuned at rung A's length",
     }
     return ABOUT[rung] + more.get(prefix, "")
@@ -47,8 +50,8 @@ def preliminary(*gaps: Difference | None) -> str:
 
 def lost_of(**arms: Sequence[Record]) -> str:
     """lost: 0 of 5 (0 to 52 %) each"""
-    found = {name: words.lost_words(records) for name, records in arms.items()}
-    if len(found) > 1 and len(set(found.values())) == 1:
+    found = {name: words.lost_words(records) for name, records in arms.items() if records}
+    if len(found) == len(arms) > 1 and len(set(found.values())) == 1:
         return f"lost: {next(iter(found.values()))} each"
     return "lost: " + ", ".join(f"{name} {text}" for name, text in found.items())
 
@@ -79,8 +82,7 @@ def not_there(view: View, **arms: tuple[str, str]) -> str:
     if not any(view.arms(rung).count(arm) for rung, arm in arms.values()):
         return "not run"
     parts = [f"{name}: {absent(view, *arms[name])}" for name, records in found.items() if not records]
-    rest = {name: records for name, records in found.items() if records}
-    return "; ".join(parts + ([lost_of(**rest)] if rest else []))
+    return "; ".join(parts + ([lost_of(**found)] if any(found.values()) else []))
 
 
 def unsettled(view: View, **arms: tuple[str, str]) -> str:
@@ -112,7 +114,26 @@ def next_rates(view: View, **arms: tuple[str, str]) -> str:
             failed.append(f"{name} at {words.rate_name(above)}")
     if not failed:
         return ""
-    return f"; at the next rate up seed {TUNING_SEED} fails ({', '.join(failed)}): what lies between may matter"
+    told = f"; at the next rate up seed {TUNING_SEED} fails ({', '.join(failed)})"
+    return f"{told}: what lies between may matter, and so may the warm-up"
+
+
+def warm_up(records: Sequence[Record]) -> str:
+    """How many of a run's steps, for the end of a phrase; empty where that is the recipe's own."""
+    steps = _given(records[0], "optim.warmup_steps")
+    return "" if steps is None else f", warm-up {steps:,.0f} of {records[0]['steps']:,} steps"
+
+
+def decayed(records: Sequence[Record]) -> str:
+    """What is published is of a run whose rate came down to the end; here, where it did not, that is said."""
+    final = _given(records[0], "optim.lr_final")
+    return "" if final is None or final < 0.5 else ", at the end of its decay, where these runs have hardly begun it"
+
+
+def _given(record: Record, key: str) -> float | None:
+    """A number among the settings that a cell names."""
+    found = [word.partition("=")[2] for word in record["words"] if word.startswith(f"{key}=")]
+    return float(found[0]) if found else None
 
 
 def not_paired(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
@@ -138,7 +159,7 @@ def splits(view: View, ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     if val is None or package is None or val.mean * package.mean >= 0:
         return text
     told = val.sign * package.sign == -1
-    more = "both told apart from 0" if told else "not both told apart from 0"
+    more = words.untold(val) if val.single else "both told apart from 0" if told else "not both told apart from 0"
     return f"{text} (**the two splits disagree in sign**, {more})"
 
 
@@ -159,6 +180,21 @@ def without_far(view: View, ours: Sequence[Record], theirs: Sequence[Record]) ->
     if alone := [text for (_, seed), text in named.items() if seed not in paired]:
         parts.append(f"far off and in no pair: {', '.join(alone)}")
     return f" ({'; '.join(parts)})" if parts else ""
+
+
+def shares(records: Sequence[Record], name: str, digits: int = 1, factor: float = 100) -> str:
+    """Mean share of heads in percent (or another mean over heads), and without the runs that are far off where there
+    are any: their heads attend to nothing in particular, or to one token alone, and say nothing of the others.
+    """
+    far = far_off(records)
+    text, rest = (words.mean(values(kept, name), digits, factor) for kept in (records, not_far(records)))
+    return f"{text} (without seed {', '.join(map(str, far))}: {rest})" if far else text
+
+
+def not_far(records: Sequence[Record]) -> list[Record]:
+    """The runs that are not far off."""
+    far = far_off(records)
+    return [r for r in records if r["seed"] not in far]
 
 
 def points(gap: Difference | None) -> Difference | None:

@@ -244,6 +244,8 @@ SHORT_PYTHIA = Recipe(
     report_tokens=1048576,
     head_sequences=128,
 )
+LONG_WARMUP = SHORT_STEPS // 2  # the share of it that the prefix of the published schedule has
+SHORT_WARM = replace(SHORT_PYTHIA, keys=SHORT_PYTHIA.keys | length(SHORT_STEPS, LONG_WARMUP))
 _T256 = {"data.seq_len": 256, "train.batch_size": 256, "train.micro_batch_size": 256}
 SHORT_T256 = replace(SHORT_PYTHIA, keys=SHORT_PYTHIA.keys | _T256, step_seconds=0.05, head_sequences=64)
 _SHORT_GPT2 = Recipe(

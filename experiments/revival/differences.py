@@ -39,7 +39,11 @@ def _mechanism(view: View, rung: str) -> Iterator[Pair]:
     """ReLU against GELU at each scale, each arm against its base on rung A, scaled embeddings against norms."""
     for variant in (*BOTH, *GELU_ONLY):
         source, relu = ("A", "relu") if variant in GELU_ONLY else ("B", f"relu{variant}")
-        yield relu, f"gelu{variant}", OWN, view.own(source, relu), view.own("B", f"gelu{variant}")
+        pair = (source, relu), ("B", f"gelu{variant}")
+        yield relu, pair[1][1], OWN, view.own(*pair[0]), view.own(*pair[1])
+        common = view.common_rate("A")
+        if common is not None:
+            yield (relu, pair[1][1], COMMON, *(view.reported(*arm, common) for arm in pair))
     variants = [f"{arm}{variant}" for arm in ("gelu", "relu") for variant in (*BOTH, *GELU_ONLY)]
     for arm in (*variants, CONTROL):
         base = next(name for name in ("ln+gelu", "gelu", "relu") if arm.startswith(name))

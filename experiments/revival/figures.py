@@ -19,7 +19,7 @@ from plotting import common, entropy_heatmap, entropy_ranges, layerwise_entropy,
 from revival import words
 from revival.cases import about
 from revival.cells import PUBLISHED_STEPS, PUBLISHED_T
-from revival.heads_table import costs
+from revival.heads_table import costs, replaceable
 from revival.records import Record, is_lost, numbers
 from revival.view import FOUR, View
 
@@ -213,8 +213,7 @@ def heads(view: View, rung: str, folder: Path) -> dict[str, Path]:
     """Cost of replacing a head's attention by uniform attention, against the head's level; all seeds of an arm."""
     found = {}
     for arm in view.arms(rung):
-        records = [r for r in view.own(rung, arm) if not is_lost(r) and r.get("heads")]
-        if records:
+        if records := replaceable(view.own(rung, arm)):
             found[arm] = costs(records)
     if not found:
         return {}

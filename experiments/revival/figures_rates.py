@@ -1,6 +1,7 @@
 """Loss against peak learning rate: what the tuning runs of a rung came to."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
         for ax, lines in zip(axes, panels.values(), strict=True):
             if ax is not axes[0]:
                 ax.sharey(axes[0])
+            marks: Counter[float] = Counter()  # rate -> how many there are already: they stand above one another
             for i, (name, colour, found) in enumerate(lines):
                 style = {"color": colour, "linestyle": common.line_style(i)}
-                _line(ax, name, found, limit, edge + room, (i + 0.5) / len(lines), style)
+                _line(ax, name, found, limit, edge, room, marks, style)
             _finish(ax, sorted({lr for _, _, found in lines for lr in found}))
         axes[0].set_ylabel(f"Validation loss, seed {TUNING_SEED} (nats per token)")
         if len(inside) < len(drawn):
@@ -64,14 +66,24 @@ def loss_against_rate(view: View, rung: str, folder: Path) -> dict[str, Path]:
     return {"rates": draw(folder / f"{stem(view, rung)}_rates.png", plot, WIDE if many else common.WIDTHS[1])}
 
 
-def _line(ax: Axes, label: str, found: Line, limit: float, top: float, place: float, style: Mapping[str, Any]) -> None:
-    """`place`: of this line among the others, 0 to 1; marks at one rate stand side by side."""
+def _line(
+    ax: Axes,
+    label: str,
+    found: Line,
+    limit: float,
+    edge: float,
+    room: float,
+    marks: Counter[float],
+    style: Mapping[str, Any],
+) -> None:
+    """Losses up to `limit`; what is beyond has a mark above `edge`, a `room` above the last one at that rate."""
     kept = {lr: loss for lr, loss in found.items() if loss <= limit}
     ax.plot(list(kept), list(kept.values()), label=label, marker="o", ms=3, **style)
     for lr, loss in found.items():
         if loss > limit:
             mark = "^" if math.isfinite(loss) else "x"
-            ax.plot(lr * 1.6 ** (place - 0.5), top, mark, color=style["color"], ms=4, mew=1.2)
+            marks[lr] += 1
+            ax.plot(lr, edge + room * marks[lr], mark, color=style["color"], ms=4, mew=1.2)
 
 
 def _marks(losses: list[float], limit: float) -> list[Line2D]:

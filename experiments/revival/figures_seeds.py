@@ -10,7 +10,7 @@ from revival import words
 from revival.figures import draw, stem
 from revival.records import Record, is_lost
 from revival.verdicts_scale import BOTH, CONTROL, GELU_ONLY
-from revival.view import View, far_off, values
+from revival.view import FOUR, View, base_of, far_off, values
 
 # Rung B: ReLU beside GELU at each scale, below what was changed.
 PAIRED = [("A", "relu"), ("A", "gelu")]
@@ -35,7 +35,7 @@ def seeds(view: View, rung: str, folder: Path) -> dict[str, Path]:
         common.set_height(fig, 0.9 + 0.26 * len(found))
         ax = fig.subplots()
         for i, (arm, records) in enumerate(found.items()):
-            colour = common.COLOURS[1 if "relu" in arm else 0]
+            colour = common.COLOURS[FOUR.index(base_of(arm))] if base_of(arm) else common.GREY
             ax.plot(list(kept[arm].values()), [i] * len(kept[arm]), "o", color=colour, ms=4, alpha=0.6)
             _beyond(ax, records, highest + room, room, i, colour)
         ax.set_xlim(lowest - room, highest + 4 * room)

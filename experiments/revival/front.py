@@ -1,15 +1,14 @@
 """The study at a glance: the tables that its page begins with, of which the README quotes the first."""
 
-import math
 from collections.abc import Sequence
 
 from revival import words
-from revival.cases import CASES, about, own_rate, points
+from revival.cases import CASES, about, own_rate, points, shares
 from revival.cells import TUNING_SEED
 from revival.records import Record
 from revival.verdicts import PAIRS, PUBLISHED_GAP
-from revival.verdicts_scale import BOTH, GELU_ONLY
-from revival.view import FOUR, View, overload
+from revival.verdicts_scale import BOTH, GELU_ONLY, at_rate
+from revival.view import FOUR, View
 
 Arm = tuple[str, str]  # rung, arm
 Runs = dict[str, Sequence[Record]]  # arm -> its reported runs
@@ -66,7 +65,7 @@ def _scale(view: View) -> list[str]:
     columns = ["Without block norms, at best rates", "lost, ReLU", "lost, GELU", "loss, ReLU", "loss, GELU", gap]
     columns += ["overloaded heads, ReLU (%)", "overloaded heads, GELU (%)"]
     if common is not None:
-        columns.append(f"{gap} at {words.rate_name(common)}, seed {TUNING_SEED} alone, on the tokens that choose rates")
+        columns.append(f"{gap} at {words.rate_name(common)}; of seed {TUNING_SEED}, on the tokens that choose rates")
     rows = [_compared(view, "nothing else changed (rung A)", ("A", "relu"), ("A", "gelu"), common)]
     for change in (*BOTH, *GELU_ONLY):
         relu = ("A", "relu") if change in GELU_ONLY else ("B", f"relu{change}")
@@ -83,13 +82,13 @@ def _compared(view: View, name: str, relu: Arm, gelu: Arm, common: float | None)
     row = [name, *lost, loss, other_loss, told, heads, other_heads]
     if common is None:
         return row
-    tried = [view.tuning(*arm).get(common) for arm in (relu, gelu)]
-    at_common = [loss for loss in tried if loss is not None and math.isfinite(loss)]
-    told = words.signed(at_common[0] - at_common[1], 3) if len(at_common) == 2 else words.DASH
-    seeds = view.gap(*(view.reported(*arm, common) for arm in (relu, gelu)), "100")
-    return [*row, told + (f" (reported seeds: {words.interval(seeds, 3)})" if seeds else "")]
+    seeds = view.gap(*(view.reported(*arm, common) for arm in (relu, gelu)))
+    if seeds:
+        return [*row, words.interval(seeds, 3)]
+    alone = at_rate(view, common, relu, gelu)
+    return [*row, words.DASH if alone is None else f"{words.signed(alone, 3)} (seed {TUNING_SEED})"]
 
 
 def _levels(records: Sequence[Record]) -> list[str]:
     """Loss and percent of overloaded heads."""
-    return [words.losses(records, 3), words.mean(overload(records), 0, 100)]
+    return [words.losses(records, 3), shares(records, "overload", 0)]

@@ -7,7 +7,8 @@ import numpy as np
 
 from normfree.heads import OVERLOADED, relative_entropy
 from revival import words
-from revival.records import Record, numbers
+from revival.cases import not_far
+from revival.records import Record, is_lost, numbers
 
 SMALL = 1e-3  # nats: a head that costs less when replaced does next to nothing
 KINDS = ("uniform", "mean")
@@ -24,6 +25,11 @@ class Costs:
     @property
     def overloaded(self) -> np.ndarray:
         return self.level >= OVERLOADED
+
+
+def replaceable(records: Sequence[Record]) -> list[Record]:
+    """The runs whose heads were replaced; not those that are far off, which have little that could be lost."""
+    return [r for r in not_far(records) if not is_lost(r) and r.get("heads")]
 
 
 def costs(records: Sequence[Record]) -> Costs:

@@ -11,6 +11,7 @@ from revival.study import Results, Waiting
 ASKED = {
     "A": "Does ReLU beat GELU without norms, at tuned rates, and the other way round with them?",
     "A2": "Does the answer hold between the rates? Added after rung A was seen",
+    "A3": "Does the answer hang on the warm-up? Added after rungs A to C were seen",
     "B": "Is it scale, of the embeddings or of the activation's input?",
     "C": "The same as A: does it hold for a larger model, at the published schedule and at tuned rates?",
     "D": "What becomes of the model without norms and activation?",
@@ -20,12 +21,13 @@ ASKED = {
 }
 MODELS: dict[tuple[str, ...], str] = {
     PYTHIA: "Pythia-70M's dimensions",
-    GPT2: "GPT-2 124M",
+    GPT2: "GPT-2's dimensions",
 }  # by the first words of a recipe
 FOUR = "LayerNorm or no block norms, GELU or ReLU"
 ARMS = {
     "A": FOUR,
     "A2": f"{FOUR}; rates half a step below and above rung A's, and rung A's own",
+    "A3": f"`warmup:`, half of the run instead of a quarter; each {FOUR}",
     "B": "GELU and ReLU with embeddings x \u221ad or x 50, without feed-forward biases, or with depth-scaled initial "
     "values; GELU(10x)/10 and GELU(60x)/60; LayerNorm + GELU with embeddings x \u221ad",
     "C": f"`faithful_prefix:`, the first tenth of the published schedule at its rate, and `tuned:`; each {FOUR}",
@@ -39,8 +41,8 @@ NAMES = (
     "How names are read: a cell is one training run, rung/arm/peak rate/seed: `A/gelu/lr1e-3/s1`. An arm is an "
     "activation, with `ln+` before it where the blocks have norms (no block has one elsewhere), and behind it what was "
     "changed; a recipe of its own "
-    "stands before a colon (`faithful_prefix:`, at scale full `faithful:`; `tuned:`, `stopped:`, `paper_nan:`, "
-    "`t256:`). So {examples}."
+    "stands before a colon (`faithful_prefix:`, at scale full `faithful:`; `tuned:`, `warmup:`, `stopped:`, "
+    "`paper_nan:`, `t256:`). So {examples}."
 )
 
 

@@ -18,6 +18,7 @@ from revival.cells import (
     SHORT_PYTHIA,
     SHORT_STEPS,
     SHORT_T256,
+    SHORT_WARM,
     SHORT_WARMUP,
     SMOKE,
     Arm,
@@ -31,7 +32,7 @@ from revival.cells import (
     slope_decay,
 )
 from revival.study import Results, Steps, Study, Waiting, chosen, fixed, later, tuned
-from revival.tuning import around, between
+from revival.tuning import around, between, common_rate
 
 Rung = Callable[[Results], Steps]
 
@@ -97,6 +98,20 @@ def short_a2(results: Results) -> Steps:
         yield later(waiting, results, "at rates around those that rung A is still choosing")
 
 
+def short_a3(results: Results) -> Steps:
+    """The four arms with half of the run as warm-up, and rates of their own around those of rung A."""
+    arms = prefixed("warmup")
+    rates = [chosen(base(arm.name), results) for arm in FOUR]
+    studies = [
+        Study("A3", arm, SHORT_WARM, around(rate or PUBLISHED_LR)) for arm, rate in zip(arms, rates, strict=True)
+    ]
+    known = [study for study, rate in zip(studies, rates, strict=True) if rate]
+    if known:
+        yield from tuned(known, results)
+    if waiting := [study for study in studies if study not in known]:
+        yield later(waiting, results, "at rates around those that rung A is still choosing")
+
+
 WIDTH, STD = 512, 0.02  # of Pythia-70M, and of its initial embeddings, whose RMS is therefore .02
 EMBED_SCALES = (round(math.sqrt(WIDTH), 3), round(1 / STD, 3))
 NO_BIAS = {"model__bias__mlp_fc": False, "model__bias__mlp_proj": False}
@@ -116,8 +131,14 @@ MECHANISM = {  # arm of rung A -> arms made of it
 }
 
 
+AT_COMMON = ("+embed", "+beta")  # what changes the scale is run at rung A's common rate as well
+
+
 def short_b(results: Results) -> Steps:
-    """Is it the scale of the input? Pythia has biases in its feed-forward layers, so the arm takes them away."""
+    """Is it the scale of the input? Pythia has biases in its feed-forward layers, so the arm takes them away.
+
+    At each arm's own rate, then, where only the scale differs, at the common rate of rung A.
+    """
     studies: list[Study] = []
     waiting: list[Study] = []
     for arm, variants in MECHANISM.items():
@@ -128,6 +149,10 @@ def short_b(results: Results) -> Steps:
         yield from tuned(studies, results)
     if waiting:
         yield later(waiting, results, "at rates around those that rung A is still choosing")
+    common = common_rate([results.tuning(base(arm.name)) for arm in FOUR])
+    scaled = [s for s in studies if any(part in s.arm.name for part in AT_COMMON) and not s.arm.name.startswith("ln+")]
+    if common is not None:
+        yield from fixed([(study, common) for study in scaled], results)
 
 
 def short_c(results: Results) -> Steps:
@@ -237,6 +262,7 @@ LADDER: dict[str, dict[str, Rung]] = {
     "short": {
         "A": short_a,
         "A2": short_a2,
+        "A3": short_a3,
         "B": short_b,
         "C": short_c,
         "D": short_d,

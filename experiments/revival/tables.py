@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from revival import words
-from revival.cases import own_rate
-from revival.heads_table import summary
+from revival.cases import own_rate, shares
+from revival.heads_table import replaceable, summary
 from revival.records import Record, is_lost, numbers, why_lost
 from revival.trace import LEFT
-from revival.view import FOUR, View, mean_entropy, overload, values
+from revival.view import FOUR, View, values
 
 
 def results(view: View, rung: str, lr: float | None = None) -> list[str]:
@@ -48,8 +48,8 @@ def _row(view: View, rung: str, arm: str, lr: float | None, records: Sequence[Re
         words.mean(values(records, "val_bits_per_byte")),
         words.mean(values(records, "val_package_bits_per_byte")),
         f"{perplexity:.3f}" if perplexity else words.DASH,
-        words.mean(overload(records), 1, 100),
-        words.mean(mean_entropy(records), 2),
+        shares(records, "overload"),
+        shares(records, "entropy", 2, 1),
         words.millions(first["planned_tokens"]) if first else words.DASH,
         words.millions(first["unique_tokens"]) if first else words.DASH,
         f"{first['epochs']:.2f}" if first else words.DASH,
@@ -136,7 +136,7 @@ def heads(view: View, rung: str) -> list[str]:
     rows = []
     for arm in view.arms(rung):
         everyone = view.own(rung, arm)
-        records = [r for r in everyone if not is_lost(r) and r.get("heads")]
+        records = replaceable(everyone)
         if records or (everyone and all(map(is_lost, everyone))):
             row = [words.arm_words(arm), words.lost_words(everyone), words.text_of(everyone)]
             rows.append(row + summary(records))

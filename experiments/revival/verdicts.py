@@ -11,6 +11,7 @@ from revival.cases import (
     CASES,
     about,
     absent,
+    decayed,
     lost_of,
     next_rates,
     not_paired,
@@ -18,16 +19,19 @@ from revival.cases import (
     points,
     preliminary,
     quarters,
+    shares,
     splits,
     spread,
     tokens_of,
     unsettled,
+    warm_up,
 )
+from revival.cells import PUBLISHED_STEPS, PUBLISHED_WARMUP
 from revival.records import Record
 from revival.statistics import Difference, paired
 from revival.verdicts_inside import collapse, slopes, wasted
 from revival.verdicts_scale import deviations, scale
-from revival.view import FOUR, NEAR, View, overload, values
+from revival.view import FOUR, NEAR, View, overload
 
 # ln of the published perplexities on CodeParrot, after 2.1 billion tokens, one seed each: ReLU minus GELU, nats.
 PUBLISHED_GAP = {
@@ -38,7 +42,10 @@ PUBLISHED_GAP = {
 # Percent of heads at or above three quarters of the ceiling, GPT-2 124M after 2.1 billion tokens, one seed.
 PUBLISHED_OVERLOAD = {"ln+gelu": 8, "ln+relu": 3, "gelu": 58, "relu": 23}
 AGAINST = "**This contradicts the paper**"
-AGAINST_TUNED = "**At rates tuned for each arm this contradicts the paper**"
+AGAINST_TUNED = (
+    "**At rates tuned for each arm this contradicts the paper**, which tuned none and warmed up for "
+    f"{PUBLISHED_WARMUP:,} steps"
+)
 PAIRS = (
     ("Without block norms", "none", "relu", "gelu"),
     ("With LayerNorm", "norms", "ln+relu", "ln+gelu"),
@@ -82,7 +89,8 @@ def _order(
     agreement = _tuned(view, ours, _agreement(gap.sign, -1 if published < 0 else 1))
     return (
         f"{preliminary(gap)}{head}, {tokens_of(ours)}: {who}: {splits(view, ours, theirs)}; "
-        f"{quarters(view, ours, theirs)}; {rates}; {gone}. Published: {words.signed(published, 3)}{agreement}."
+        f"{quarters(view, ours, theirs)}; {rates}{warm_up(ours)}; {gone}. Published{decayed(ours)}: "
+        f"{words.signed(published, 3)}{agreement}."
     )
 
 
@@ -203,17 +211,17 @@ def overloaded(view: View) -> list[str]:
         if not any(arms.values()):
             lines.append(f"{about(rung, prefix)}: {absent(view, rung, prefix + 'gelu')}.")
             continue
-        shares = ", ".join(
-            f"{words.arm_words(arm)} {words.mean(overload(found), 1, 100)} %"
+        each = ", ".join(
+            f"{words.arm_words(arm)} {shares(found, 'overload')} %"
             if overload(found)
             else f"{words.arm_words(arm)}: {'no run survived' if found else absent(view, rung, prefix + arm)}"
             for arm, found in arms.items()
         )
-        gone = lost_of(**{words.arm_words(arm): found for arm, found in arms.items() if found})
+        gone = lost_of(**{words.arm_words(arm): found for arm, found in arms.items()})
         head = f"{about(rung, prefix)}, {tokens_of(next(filter(None, arms.values())))}"
-        text = f"{head}: overloaded heads at the end: {shares}; {gone}."
-        near = [f"{words.arm_words(arm)} {words.mean(values(found, 'near'), 1, 100)}" for arm, found in arms.items()]
-        text += f" In percent at or above {NEAR:g} of the ceiling: {', '.join(near)}."
+        text = f"{head}: overloaded heads at the end: {each}; {gone}."
+        near = ", ".join(f"{words.arm_words(arm)} {shares(found, 'near')}" for arm, found in arms.items() if found)
+        text += f" In percent at or above {NEAR:g} of the ceiling: {near}."
         against_norms = view.gap(arms["gelu"], arms["ln+gelu"], "overload")
         against_relu = view.gap(arms["relu"], arms["gelu"], "overload")
         if against_norms is not None:
@@ -221,7 +229,8 @@ def overloaded(view: View) -> list[str]:
         if against_relu is not None:
             text += (
                 f" {preliminary(against_relu)}Without norms, ReLU {words.MINUS} GELU is "
-                f"{words.interval(points(against_relu), 1)} percentage points{_gap_as_published(against_relu, -1)}."
+                f"{words.interval(points(against_relu), 1)} percentage points{_gap_as_published(against_relu, -1)}"
+                f"{_at_another_threshold(against_relu, view.gap(arms['relu'], arms['gelu'], 'near'))}."
             )
         lines.append(text)
     return [*lines, f"{_published_overload()}."]
@@ -235,6 +244,14 @@ def _overload_of(gap: Difference) -> str:
     )
 
 
+def _at_another_threshold(gap: Difference, near: Difference | None) -> str:
+    """Where heads at the ceiling say the opposite of what overloaded heads say."""
+    if near is None or near.sign * gap.sign != -1:
+        return ""
+    found = f"{words.interval(points(near), 1)} percentage points"
+    return f"; **at {NEAR:g} of the ceiling it is the other way round**: {found}"
+
+
 def _overload_at_common(view: View, rung: str, prefix: str) -> str:
     """With norms the best rate is another one, at which heads differ too."""
     common = None if prefix else view.common_rate(rung)
@@ -245,8 +262,9 @@ def _overload_at_common(view: View, rung: str, prefix: str) -> str:
 
 
 def _published_overload() -> str:
-    shares = ", ".join(f"{words.arm_words(arm)} {share} %" for arm, share in PUBLISHED_OVERLOAD.items())
-    return f"Published for GPT-2 124M, T = 128, as printed: {shares}"
+    each = ", ".join(f"{words.arm_words(arm)} {share} %" for arm, share in PUBLISHED_OVERLOAD.items())
+    figures = "the figures count the heads of the printed maps, whose values are rounded: 22 % for ReLU"
+    return f"Published for GPT-2 124M, T = 128, after {PUBLISHED_STEPS:,} steps, as printed: {each}; {figures}"
 
 
 QUESTIONS = {

@@ -6,7 +6,7 @@ import numpy as np
 
 from revival import words
 from revival.cases import CASES, about, absent, lost_of, preliminary, tokens_of, unsettled
-from revival.heads_table import SMALL, Costs, at_once, costs, per_seed
+from revival.heads_table import SMALL, Costs, at_once, costs, per_seed, replaceable
 from revival.records import Record, is_lost, numbers
 from revival.statistics import ENOUGH, Difference, difference, paired
 from revival.tuning import REFINED
@@ -31,7 +31,7 @@ def wasted(view: View) -> list[str]:
 
 
 def _wasted(name: str, everyone: Sequence[Record]) -> str:
-    records = [r for r in everyone if not is_lost(r) and r.get("heads")]
+    records = replaceable(everyone)
     gone = f"lost: {words.lost_words(everyone)}"
     if not records:
         return f"{name}, {tokens_of(everyone)}: no run survived whose heads could be replaced; {gone}."
@@ -49,9 +49,10 @@ def _wasted(name: str, everyone: Sequence[Record]) -> str:
     together = [words.interval(gap) for gap in both]
     shown = "in the one seed that there is" if both[0].single else "that they are of use together is not shown"
     told = "together they are of use" if both[0].sign > 0 else shown
+    one = words.interval(difference(mine), 5)
     return (
-        f"{few}{name}, {tokens_of(records)}: {told}: a model without any of its overloaded heads loses {together[0]}, "
-        f"with their own mean attention {together[1]}. One costs {words.interval(difference(mine), 5)}{others}; less "
+        f"{few}{name}, {tokens_of(records)}: {told}: with uniform attention in all overloaded heads a model's loss "
+        f"rises by {together[0]} nats, with their own mean attention by {together[1]}. One costs {one}{others}; less "
         f"than {SMALL:g}: {cheap} of {int(chosen.sum())}{_near(found)}; {gone}."
     )
 

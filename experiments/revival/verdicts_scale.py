@@ -1,23 +1,27 @@
 """Verdicts on rungs B and F: what the scale of the input explains, and what each deviation of the original does."""
 
+import math
 from collections.abc import Sequence
 
 from revival import words
 from revival.cases import (
     absent,
     lost_of,
+    not_far,
     not_paired,
     not_there,
     points,
     preliminary,
     quarters,
+    shares,
     splits,
     tokens_of,
     unsettled,
 )
+from revival.cells import TUNING_SEED
 from revival.records import Record
 from revival.statistics import Difference, difference, paired
-from revival.view import View, far_off, overload
+from revival.view import View, far_off
 
 CHANGED, BASE = "changed", "rung A"
 BOTH = ("+embed22.627", "+embed50", "-ffbias", "+depth")  # variants of GELU and of ReLU
@@ -58,8 +62,37 @@ def _scaled(view: View, variant: str, relu: tuple[str, str]) -> str:
     became = _explained(before, after, change, set(far_off(ours)) | set(far_off(theirs)))
     return (
         f"{preliminary(after, change)}{head}: ReLU {words.MINUS} GELU is {splits(view, ours, theirs)}, {became}; "
-        f"{quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}."
+        f"{quarters(view, ours, theirs)}. {alone} {gone[0].upper()}{gone[1:]}.{_at_common(view, relu, gelu)}"
     )
+
+
+def _at_common(view: View, relu: tuple[str, str], gelu: tuple[str, str]) -> str:
+    """The same at rung A's common rate, the published one: over reported seeds, or on the tuning seed alone."""
+    common = view.common_rate("A")
+    if common is None:
+        return ""
+    before, after = (
+        view.gap(*(view.reported(*arm, common) for arm in pair))
+        for pair in ((("A", "relu"), ("A", "gelu")), (relu, gelu))
+    )
+    if before and after:
+        change = paired(after.points, before.points)
+        text = f"{words.interval(after)} nats, {_explained(before, after, change, set())}"
+        return f" {preliminary(after, change)}At the common rate, {words.rate_name(common)}: {text}."
+    alone = at_rate(view, common, ("A", "relu"), ("A", "gelu")), at_rate(view, common, relu, gelu)
+    if None in alone:
+        return ""
+    shown = [words.signed(gap, 3) for gap in alone if gap is not None]
+    return (
+        f" At the common rate, {words.rate_name(common)}, seed {TUNING_SEED} alone, on the tokens that choose rates: "
+        f"{shown[1]} instead of {shown[0]}."
+    )
+
+
+def at_rate(view: View, lr: float, ours: tuple[str, str], theirs: tuple[str, str]) -> float | None:
+    """The difference of two arms at a rate on the tuning seed; None where one was not run at it, or was lost."""
+    one, other = (view.tuning(*arm).get(lr, math.inf) for arm in (ours, theirs))
+    return one - other if math.isfinite(one) and math.isfinite(other) else None
 
 
 def _explained(before: Difference | None, after: Difference, change: Difference | None, far: set[int]) -> str:
@@ -87,10 +120,12 @@ def _explained(before: Difference | None, after: Difference, change: Difference 
 
 def _own(view: View, ours: Sequence[Record], base: Sequence[Record]) -> str:
     """How one arm's loss and overload differ from those of its base, seed by seed."""
-    shares = f"{words.mean(overload(base), 1, 100)} to {words.mean(overload(ours), 1, 100)} %"
+    heads = f"{shares(base, 'overload')} to {shares(ours, 'overload')} %"
     change = words.interval(points(view.gap(ours, base, "overload")), 1)
+    if far_off(ours):
+        change += f"; without what is far off {words.interval(points(view.gap(not_far(ours), base, 'overload')), 1)}"
     return (
-        f"its loss changes by {words.interval(view.gap(ours, base))} nats, its overloaded heads from {shares} "
+        f"its loss changes by {words.interval(view.gap(ours, base))} nats, its overloaded heads from {heads} "
         f"(paired: {change} percentage points)"
     )
 
@@ -114,11 +149,11 @@ def _changed(view: View, name: str, arms: dict[str, tuple[str, str]], theirs: Se
     if gap is None:
         return f"{name}, {tokens_of(ours)}, {rates}: no seed of which both survived and compare; {gone}."
     what = {-1: "better", 1: "worse", 0: words.untold(gap)}[gap.sign]
-    shares = f"{words.mean(overload(theirs), 1, 100)} to {words.mean(overload(ours), 1, 100)} %"
+    heads = f"{shares(theirs, 'overload')} to {shares(ours, 'overload')} %"
     change = words.interval(points(view.gap(ours, theirs, "overload")), 1)
     return (
         f"{preliminary(gap)}{name}, {tokens_of(ours)}, {rates}: {what}: the loss changes by "
-        f"{splits(view, ours, theirs)}; {quarters(view, ours, theirs)}. Overloaded heads from {shares} "
+        f"{splits(view, ours, theirs)}; {quarters(view, ours, theirs)}. Overloaded heads from {heads} "
         f"(paired: {change} percentage points); {gone}."
     )
 

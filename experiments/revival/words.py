@@ -19,7 +19,7 @@ WORDS = {
     "identity": "no activation",
 }
 # Of arms of one rung that share an activation and norms.
-RECIPES = ("faithful_prefix", "faithful", "tuned", "stopped", "paper_nan")
+RECIPES = ("faithful_prefix", "faithful", "tuned", "warmup", "stopped", "paper_nan")
 
 
 def arm_words(arm: str) -> str:
@@ -97,7 +97,7 @@ def lost_words(records: Sequence[Record]) -> str:
         return "not run"
     low, high = binomial_interval(k, n)
     far = len(far_off(records))
-    return f"{k} of {n} ({100 * low:.0f} to {100 * high:.0f} %)" + (f", {far} far off" if far else "")
+    return f"{k} of {n} ({100 * low:.0f} to {100 * high + 1e-9:.0f} %)" + (f", {far} far off" if far else "")
 
 
 def millions(tokens: float) -> str:
