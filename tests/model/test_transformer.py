@@ -287,6 +287,22 @@ def test_inner_attention_is_causal_softmax_at_every_offset():
         inner(q[:, :, :2], k, v, q_offset=3)
 
 
+@pytest.mark.parametrize("T", [*range(1, 18), 64])
+def test_attention_never_makes_a_number_of_nan(T):
+    """PyTorch's CPU kernel made zeros of a NaN row with fewer keys than a vector register holds, 8 or 16."""
+    q, k, v = torch.randn(3, 1, 2, T, 8, generator=torch.Generator().manual_seed(T)).unbind(0)
+    inner = InnerAttention(ModelConfig(**SHAPE)).eval()
+    bad = q.clone()
+    bad[0, 0, :, 0] = math.nan
+    assert inner(bad, k, v)[0, 0].isnan().all()
+    assert inner(bad, k, v)[0, 1].isfinite().all()
+    assert inner(bad[:, :, -1:], k, v, q_offset=T - 1)[0, 0].isnan().all()
+    bad = k.clone()
+    bad[0, 0, T // 2, 0] = math.nan
+    sees = torch.arange(T) >= T // 2
+    assert torch.equal(inner(q, bad, v)[0, 0].isnan().any(-1), sees)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_rotary_scores_depend_on_the_distance_alone(share):
     config = ModelConfig(**(SHAPE | {"block_size": 40}), positions="rotary", rotary_pct=share)
