@@ -46,10 +46,11 @@ class Measurement:
         return self.position_entropy.mean(axis=-1, dtype=np.float64).astype(np.float32)
 
 
-def _position_losses(model: Transformer, idx: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every target: float32 (B, T), 0 where it is ignored. Logits exist for a few rows at a time."""
-    hidden = model.hidden(idx)  # (B, T, C)
-    rows = max(1, LOGIT_ELEMENTS // (idx.size(1) * model.head_weight.size(0)))
+def position_losses(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every target (B, T), given the final hidden states (B, T, C): float32 (B, T), nats, 0 where the
+    target is ignored. Logits exist for a few rows at a time.
+    """
+    rows = max(1, LOGIT_ELEMENTS // (targets.size(1) * model.head_weight.size(0)))
     losses = []
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = head_logits(h, model.head_weight, model.vocab_used).float().flatten(0, 1)  # (b, T, V) -> (b * T, V)
@@ -74,7 +75,7 @@ def measure_split(model: Transformer, rows: np.ndarray, batch_size: int = 8, pre
     try:
         for idx, targets in tqdm(device_batches(rows, batch_size, device), total=batches, unit="batch", disable=None):
             with autocast(device, precision):
-                losses = _position_losses(model, idx, targets)
+                losses = position_losses(model, model.hidden(idx), targets)
             total += losses.double().sum(dim=0)
             count += (targets != IGNORED).sum(dim=0)
         arrays = recorder.unpack(recorder.stop().cpu())

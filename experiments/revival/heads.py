@@ -5,6 +5,7 @@ own mean over other sequences, which keeps what depends on positions and loses w
 other heads stay. A head whose replacement costs nothing does nothing with what it attends to.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.config import IGNORED
 from normfree.heads import is_overloaded
+from normfree.measure import position_losses
 from normfree.model import Transformer
-from normfree.model.losses import LossOutput
 from normfree.training.evaluation import device_batches, evaluate_loss
 
 BATCH = 64  # sequences a forward pass
@@ -78,21 +80,32 @@ def replaced(model: Transformer, heads: Iterable[tuple[int, int]], patterns: Ten
 
 @torch.no_grad()
 def with_one_replaced(model: Transformer, rows: np.ndarray, patterns: Tensor) -> np.ndarray:
-    """Loss over `rows` (N, T + 1) with one head's attention replaced, for every head: (n_layer, n_head), nats.
+    """Loss of each of `rows` (N, T + 1) with one head's attention replaced, for every head: (n_layer, n_head, N), nats.
 
     What lies below a head's layer is computed once. Leaves the model in eval mode.
     """
     model.eval()
-    total = torch.zeros(model.config.n_layer, model.config.n_head, dtype=torch.float64, device=patterns.device)
-    count = 0
+    found = np.zeros((model.config.n_layer, model.config.n_head, len(rows)))
+    done = 0
     for idx, targets in device_batches(rows, BATCH, patterns.device):
+        part = slice(done, done := done + len(idx))
         for layer, x in enumerate(_block_inputs(model, idx)):
             for head in range(model.config.n_head):
                 with replaced(model, [(layer, head)], patterns):
-                    out = _from_block(model, layer, x, targets)
-                total[layer, head] += out.sum
-        count += int(out.count)
-    return (total / count).cpu().numpy()
+                    found[layer, head, part] = _losses(model, _from_block(model, layer, x), targets)
+    return found
+
+
+@torch.no_grad()
+def losses(model: Transformer, rows: np.ndarray) -> np.ndarray:
+    """Loss of each of `rows` (N, T + 1), mean over its T targets: (N,), nats."""
+    model.eval()
+    device = model.wte.weight.device
+    return np.concatenate([_losses(model, model.hidden(idx), y) for idx, y in device_batches(rows, BATCH, device)])
+
+
+def _losses(model: Transformer, hidden: Tensor, targets: Tensor) -> np.ndarray:
+    return position_losses(model, hidden, targets).double().mean(dim=1).cpu().numpy()
 
 
 def _block_inputs(model: Transformer, idx: Tensor) -> list[Tensor]:
@@ -107,19 +120,21 @@ def _block_inputs(model: Transformer, idx: Tensor) -> list[Tensor]:
     return inputs
 
 
-def _from_block(model: Transformer, layer: int, x: Tensor, targets: Tensor) -> LossOutput:
-    """The rest of a forward pass: x (B, T, C) goes into block `layer`."""
+def _from_block(model: Transformer, layer: int, x: Tensor) -> Tensor:
+    """The rest of a forward pass, to the final hidden states: x (B, T, C) goes into block `layer`."""
     for block in list(model.blocks)[layer:]:
         x = block(x, model.rotary, None)
-    return model.loss(model.final_norm(x), model.head_weight, targets, model.vocab_used)
+    return model.final_norm(x)
 
 
 def cost_of_heads(model: Transformer, rows: np.ndarray, other_rows: np.ndarray, entropy: np.ndarray) -> dict[str, Any]:
     """Change of the loss (nats) over `rows` (N, T + 1) when attention is replaced, in fp32 and eval mode.
 
     `uniform`, `mean`: (n_layer, n_head), one head at a time. `all_uniform`, `all_mean`: all heads at once that are
-    overloaded by `entropy` (n_layer, n_head); null where there are none. Means are those of `other_rows`.
+    overloaded by `entropy` (n_layer, n_head); null where there are none. Means are those of `other_rows`. Beside each,
+    under `..._error`, its standard error over the sequences.
     """
+    assert (rows[:, 1:] != IGNORED).all(), "sequences weigh the same"
     n_layer, n_head, T = model.config.n_layer, model.config.n_head, rows.shape[1] - 1
     device = model.wte.weight.device
     patterns = {
@@ -127,12 +142,18 @@ def cost_of_heads(model: Transformer, rows: np.ndarray, other_rows: np.ndarray, 
         "mean": mean_attention(model, other_rows),
     }
     overloaded = [(int(layer), int(head)) for layer, head in np.argwhere(is_overloaded(entropy, T))]
-    loss = evaluate_loss(model, rows, BATCH, "fp32")
-    found: dict[str, Any] = {"tokens": rows.shape[0] * T, "loss": loss, "overloaded": len(overloaded)}
+    plain = losses(model, rows)
+    found: dict[str, Any] = {"tokens": rows.shape[0] * T, "loss": float(plain.mean()), "overloaded": len(overloaded)}
     for name, pattern in patterns.items():
-        found[name] = with_one_replaced(model, rows, pattern) - loss
-        found[f"all_{name}"] = None
+        found[name], found[f"{name}_error"] = _mean_and_error(with_one_replaced(model, rows, pattern) - plain)
+        found[f"all_{name}"] = found[f"all_{name}_error"] = None
         if overloaded:
             with replaced(model, overloaded, pattern):
-                found[f"all_{name}"] = evaluate_loss(model, rows, BATCH, "fp32") - loss
+                mean, error = _mean_and_error(losses(model, rows) - plain)
+            found[f"all_{name}"], found[f"all_{name}_error"] = float(mean), float(error)
     return found
+
+
+def _mean_and_error(changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of changes (..., N), over the N sequences: the mean, and its standard error."""
+    return changes.mean(axis=-1), changes.std(axis=-1, ddof=1) / math.sqrt(changes.shape[-1])

@@ -63,4 +63,6 @@ def summary(records: Sequence[Record]) -> list[str]:
     cells = [f"{int(found.overloaded.sum())} of {len(found.level)}" if found else words.DASH]
     for overloaded in (True, False):
         cells += [words.mean(per_seed(records, kind, overloaded), 5) for kind in KINDS]
-    return cells + [words.mean(at_once(records, kind), 4) for kind in KINDS]
+    errors = [numbers(r["heads"]["uniform_error"]).ravel() for r in records if "uniform_error" in r["heads"]]
+    error = f"{np.median(np.concatenate(errors)):.5f}" if errors else words.DASH
+    return [*cells, error, *(words.mean(at_once(records, kind), 4) for kind in KINDS)]

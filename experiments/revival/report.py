@@ -93,8 +93,8 @@ METHOD = """## Method, fixed before the runs
 - **Overloaded** is a head whose mean entropy is at least three quarters of its ceiling, ln(T!)/T.
 - **What heads are worth**: each head's attention is replaced by uniform causal attention, and by its own mean over
   other sequences; values and all other heads stay. Less than .001 nats is called next to nothing. The loss is that of
-  16,384 tokens, the same with and without: how far a single head's cost is off is not measured. Runs that are far off
-  are left out.
+  16,384 tokens, the same with and without; a head's cost has a standard error over their sequences, which was added
+  later and stands in the table where it was recorded. Runs that are far off are left out.
 - **Intervals** are not corrected for their number: one in twenty leaves out 0 by chance, and there are dozens. Where
   all seeds agree, as on 0 % of heads, a t interval is narrow and says little.
 

@@ -141,5 +141,6 @@ def heads(view: View, rung: str) -> list[str]:
             row = [words.arm_words(arm), words.lost_words(everyone), words.text_of(everyone)]
             rows.append(row + summary(records))
     columns = ("arm", "lost", words.TEXT, "overloaded heads", "one of them, uniform", "one of them, its mean")
-    more = ("one other head, uniform", "one other head, its mean", "all overloaded, uniform", "all overloaded, mean")
+    more = ("one other head, uniform", "one other head, its mean", "standard error of one head, uniform, median")
+    more += ("all overloaded, uniform", "all overloaded, mean")
     return words.table([*columns, *more], rows) if rows else []

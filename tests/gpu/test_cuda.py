@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from normfree.cli import run_config
 from normfree.config import ModelConfig
 from normfree.diagnostics import Recorder, attention_entropy
-from normfree.measure import _position_losses
+from normfree.measure import position_losses
 from normfree.model import Transformer, init_weights
 from normfree.runs import load_run
 from normfree.training.loop import Trainer
@@ -151,7 +151,8 @@ def test_loss_by_position_takes_about_as_long_as_the_loss():
         return min(times)
 
     with torch.no_grad():
-        assert seconds(lambda: _position_losses(model, idx, targets)) < 20 * seconds(lambda: model(idx, targets))
+        each = seconds(lambda: position_losses(model, model.hidden(idx), targets))
+        assert each < 20 * seconds(lambda: model(idx, targets))
 
 
 def test_evaluation_needs_no_more_memory_than_training(train_tiny, monkeypatch):
