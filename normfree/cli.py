@@ -207,7 +207,7 @@ def run_config(config: Config) -> Any:
 
 def _load_plugins() -> None:
     """Once a process: also in the workers of a parallel sweep, which inherit the variable that `main` sets."""
-    for path in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
+    for path in json.loads(os.environ.get(PLUGINS_VARIABLE) or "[]"):
         if path not in _plugins:
             _plugins[path] = load_plugin(path)
 
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     try:
         options, words, plugins = split_words(argv)
-        os.environ[PLUGINS_VARIABLE] = os.pathsep.join(plugins)
+        os.environ[PLUGINS_VARIABLE] = json.dumps(plugins)
         _load_plugins()
         multirun = "-m" in options or "--multirun" in options
         config = check_overrides(words, multirun)

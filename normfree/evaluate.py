@@ -28,7 +28,7 @@ from normfree.generate import check_device, run_tokenizer
 from normfree.interop.huggingface import from_hf, is_hf_folder
 from normfree.measure import Measurement, measure_split
 from normfree.model import Transformer
-from normfree.plugins import load_plugin
+from normfree.plugins import load_plugins
 from normfree.records import RunWriter
 from normfree.rules import validate
 from normfree.runs import is_checkpoint, is_run, load_run, norm_label
@@ -172,7 +172,7 @@ def write(directory: Path, config: Config, step: int, result: Measurement, metri
 def run(a: argparse.Namespace) -> str:
     """Evaluate as the command line says; returns what to tell the user."""
     _check_options(a)
-    plugins = [load_plugin(path) for path in a.plugin]
+    plugins = load_plugins(a.plugin)
     subject = load_subject(a.subject, a.tokenizer)
     choose_data(subject, a)
     config = subject.config

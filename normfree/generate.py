@@ -19,7 +19,7 @@ from normfree.data.tokenizer import Tokenizer, load_tokenizer
 from normfree.errors import EXIT_DIVERGED, EXIT_OK, UserError
 from normfree.model import KVCache, Transformer
 from normfree.model.losses import head_logits
-from normfree.plugins import load_plugin
+from normfree.plugins import load_plugins
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -152,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"temperature": a.temperature, "top_k": a.top_k, "seed": a.seed, "use_cache": not a.no_cache}
     try:
         check_device(a.device)
-        for plugin in a.plugin:
-            load_plugin(plugin)
+        load_plugins(a.plugin)
         checkpoint = find_checkpoint(a.run)
         model = load_model(checkpoint, device=a.device)
         print(complete(model, run_tokenizer(checkpoint), a.prompt, a.tokens, **options))

@@ -15,8 +15,8 @@ from normfree.config import ModelConfig
 from normfree.diagnostics import Recorder
 from normfree.errors import EXIT_CONFIG, UserError
 from normfree.model import Transformer, init_weights
-from normfree.plugins import load_plugin
-from normfree.tables import NORMS, STATISTICS
+from normfree.plugins import load_plugin, load_plugins
+from normfree.tables import ACTIVATIONS, NORMS, STATISTICS
 
 ROOT = Path(cli.__file__).parent.parent
 PLUGIN = ROOT / "examples" / "plugin.py"
@@ -71,6 +71,59 @@ def test_the_run_trains_with_both_and_records_whose_code_it_was(command: Callabl
     assert (rms > 0).all()
     assert run.has("probe_resid_median")
     assert type(load_model("r").blocks[0].norm_1).__name__ == "MaxAbs"
+
+
+COMPILED = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from normfree import register_activation
+from normfree.model.activations import Activation
+
+@dataclass
+class Shape:
+    sharpness: float = 1.0
+
+@register_activation("softplus")
+class Softplus(Activation):
+    def forward(self, x):
+        return F.softplus(x, Shape().sharpness)
+"""
+
+
+def test_a_plug_in_s_own_names_are_found_when_it_is_compiled(tmp_path: Path) -> None:
+    """Dynamo asks for the module by name, and so do dataclasses; it used to be in no table of modules."""
+    (tmp_path / "plug:in.py").write_text(COMPILED)
+    load_plugin(tmp_path / "plug:in.py")
+    try:
+        act = ACTIVATIONS["softplus"](ModelConfig())
+        x = torch.linspace(-2, 2, 8)
+        assert torch.compile(act, fullgraph=True, backend="aot_eager")(x) == pytest.approx(torch.log1p(x.exp()))
+    finally:
+        ACTIVATIONS.remove("softplus")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("\n\n1 / 0\n", "line 3: ZeroDivisionError"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_run_is_a_message(
+    code: str, said: str, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    assert command("--plugin", str(tmp_path / "mine.py")) == EXIT_CONFIG
+    shown = capsys.readouterr().err
+    assert f"mine.py, {said}" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_plug_in_that_is_named_twice_is_loaded_once() -> None:
+    assert len(load_plugins([PLUGIN, str(PLUGIN)])) == 1
 
 
 def test_the_norm_and_the_statistic_do_what_they_say() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.errors import EXIT_DIRECTORY, EXIT_OK, UserError
-from normfree.plugins import load_plugin
+from normfree.plugins import load_plugins
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if a.json is not None and not a.json.absolute().parent.is_dir():
             raise UserError(f"--json {a.json}: there is no such folder.", EXIT_DIRECTORY)
-        plugins = [load_plugin(plugin) for plugin in a.plugin]
+        plugins = load_plugins(a.plugin)
         pm = load_postmortem(a.directory)
         replaying.check_plugins(pm, plugins)
         result = replaying.replay(pm, replaying.choose_device(pm, a.device))
