@@ -25,7 +25,7 @@ from normfree.heads import range_shares
 from normfree.records import write_atomically
 from normfree.runs import Run, expand, is_lost, norm_label
 from plotting.common import seq_len, sourced
-from plotting.seeds import Group, differing_keys, final, group, mean_interval
+from plotting.seeds import Group, differing_keys, final, group, mean_interval, trained
 
 DASH = "-"
 OVERLOADED_RANGE = 3  # the last of heads.RANGES
@@ -55,7 +55,7 @@ class Row:
 
 def summarize(runs: Sequence[Run], baseline: str | None = None) -> tuple[list[Row], str | None]:
     """The rows in order of first appearance, and the name of the baseline (None: there is none)."""
-    groups = group(runs)
+    groups = group(trained(runs))
     keys = differing_keys([g.runs[0] for g in groups])
     base = _baseline(groups, baseline)
     reference = _losses(base) if base else {}
@@ -81,7 +81,8 @@ def _finished(g: Group) -> list[Run]:
 
 
 def _losses(g: Group) -> dict[int, float]:
-    return {run.config.seed: final(run, "val/loss") for run in _finished(g)}
+    found = {run.config.seed: final(run, "val/loss") for run in _finished(g)}
+    return {seed: loss for seed, loss in found.items() if math.isfinite(loss)}  # of an old run it may not be there
 
 
 def _row(g: Group, keys: dict[str, Any], reference: dict[int, float]) -> Row:
@@ -101,7 +102,7 @@ def _row(g: Group, keys: dict[str, Any], reference: dict[int, float]) -> Row:
         losses=losses,
         loss=loss,
         loss_interval=interval,
-        perplexity=None if loss is None else math.exp(loss),
+        perplexity=None if loss is None or loss > 700 else math.exp(loss),  # beyond the range of a float
         pairs=len(paired),
         difference=difference,
         difference_interval=difference_interval,

@@ -27,13 +27,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import Config, flat_keys, resolve, resolve_vocabulary
-from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, UserError, say
+from normfree.config import Config, flat_keys, resolve, resolve_vocabulary, weights_settings
+from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DIRECTORY, EXIT_INTERRUPTED, EXIT_OK, UserError, say
 from normfree.kinds import shown
 from normfree.plugins import load_plugin
 from normfree.records import write_atomically
 from normfree.rules import cross_faults, validate, value_faults
-from normfree.runs import is_checkpoint, is_run
+from normfree.runs import is_checkpoint, is_evaluation, is_run, load_run
 from normfree.words import CONF, KEYS, Typed, groups, help_text, lists, parse, read, split_words, values_of
 
 PROCESS_VARIABLE = "NORMFREE_PROCESS"  # the process that was started; others are workers of a parallel sweep
@@ -139,20 +139,25 @@ def _config_faults(config: Config, typed: Typed) -> list[str]:
 
 def resumed_config(config: Config, typed: list[str]) -> Config:
     """The configuration of the run that `resume` names, with what was typed beside it."""
-    from normfree.runs import load_run
-
     assert config.resume is not None
-    saved = load_run(config.resume).config
+    run = load_run(config.resume)
+    if is_evaluation(run):
+        raise UserError(
+            f"resume={config.resume} is an evaluation of {run.status.get('subject')}: nothing was trained there. Name "
+            "the run.",
+            EXIT_DIRECTORY,
+        )
+    saved = run.config
+    bound = {*weights_settings(saved), "seed", "run_dir"} - {"train.max_steps"}
     ours = {name: value for name, value, _ in flat_keys(config)}
     theirs = {name: value for name, value, _ in flat_keys(saved)}
     refused = []
     for name in dict.fromkeys(override.key_or_group for override in parse(typed)[0]):
         if name == "resume":
             continue
-        free = name == "train.max_steps" or (name in KEYS and not KEYS[name] and name not in ("run_dir", "seed"))
         if name not in KEYS:
             refused.append(f"{name} is a choice of that run")
-        elif not free and ours[name] != theirs[name]:
+        elif name in bound and ours[name] != theirs[name]:
             refused.append(f"{name}: {shown(ours[name])}, not {shown(theirs[name])}")
         else:
             _set(saved, name, ours[name])
@@ -187,6 +192,8 @@ def run_config(config: Config) -> Any:
     origin = None if config.init_from is None or goes_on else Path(config.init_from)
     if origin is not None and not (is_run(origin) or is_checkpoint(origin)):
         raise UserError(f"init_from={origin} is neither a run directory nor a checkpoint.", EXIT_CHECKPOINT)
+    if origin is not None and is_run(origin) and is_evaluation(load_run(origin)):
+        raise UserError(f"init_from={origin} is an evaluation, which has no weights. Name the run.", EXIT_CHECKPOINT)
     if config.train.device == "cuda":
         from normfree.training.machine import choose_device
 

@@ -347,11 +347,15 @@ def other_differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def _differences(ours: Config, theirs: Config, weights: bool) -> list[str]:
+    """`weights`: in what changes them in both, or in the rest. What names nothing in one differs by what says so."""
+    both, either = (set(weights_settings(config)) for config in (ours, theirs)), {"seed"}
+    one, two = both
+    changing = (one & two if weights else one | two) | either
     other = {name: value for name, value, _ in flat_keys(theirs)}
     return [
         f"{name}: {value!r}, not {other[name]!r}"
-        for name, value, changes in flat_keys(ours)
-        if (changes or name == "seed") == weights and value != other[name]
+        for name, value, _ in flat_keys(ours)
+        if (name in changing) == weights and value != other[name]
     ]
 
 

@@ -31,14 +31,13 @@ from normfree.model import Transformer
 from normfree.plugins import load_plugins
 from normfree.records import RunWriter
 from normfree.rules import validate
-from normfree.runs import is_checkpoint, is_run, load_run, norm_label
+from normfree.runs import EVALUATION, is_checkpoint, is_evaluation, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt
-from normfree.training.evaluation import loss_metrics
+from normfree.training.evaluation import bytes_per_token, loss_metrics
 from normfree.training.machine import DTYPES
 from normfree.training.provenance import versions
 from normfree.training.record import elements_by_site
 
-KIND = "evaluation"  # in run.json: such a directory is replaced by the same command again
 SPLITS = ("val", "val_package", "train")
 
 
@@ -131,7 +130,7 @@ def open_corpus(subject: Subject) -> Corpus:
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A directory to write under that becomes `out` at the end. An older evaluation gives way, nothing else does."""
-    if out.exists() and not (is_run(out) and load_run(out).status.get("kind") == KIND):
+    if out.exists() and not (is_run(out) and is_evaluation(load_run(out))):
         raise UserError(f"{out} exists and is no evaluation. Name another directory with --out.", EXIT_DIRECTORY)
     temporary = out.with_name(f".{out.name}.writing")
     try:
@@ -149,9 +148,9 @@ def replacing(out: Path) -> Iterator[Path]:
     temporary.rename(out)
 
 
-def metrics_of(result: Measurement, corpus: Corpus, split: str) -> dict[str, float]:
+def metrics_of(result: Measurement, bytes_per_token: float, split: str) -> dict[str, float]:
     """val/loss, val/perplexity, val/bits_per_byte, under the name of the split."""
-    values = loss_metrics(result.loss, corpus.bytes_per_token(split))
+    values = loss_metrics(result.loss, bytes_per_token)
     return {name.replace("val/", f"{split}/"): value for name, value in values.items()}
 
 
@@ -183,7 +182,9 @@ def run(a: argparse.Namespace) -> str:
     out = a.out or subject.out
     with replacing(out) as directory:
         result = measure_split(subject.model.to(a.device), rows, a.batch_size, a.precision)
-        metrics = metrics_of(result, corpus, a.split)
+        part = a.max_tokens is not None  # a split's beginning is other text than all of it
+        ratio = bytes_per_token(rows, corpus.tokenizer) if part else corpus.bytes_per_token(a.split)
+        metrics = metrics_of(result, ratio, a.split)
         write(directory, config, subject.step, result, metrics)
         RunWriter(directory).status(**_status(a, subject, corpus, result), plugins=plugins, **metrics)
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -201,7 +202,7 @@ def _check_options(a: argparse.Namespace) -> None:
 def _status(a: argparse.Namespace, subject: Subject, corpus: Corpus, result: Measurement) -> dict[str, Any]:
     return {
         "status": "finished",
-        "kind": KIND,
+        "kind": EVALUATION,  # such a directory is replaced by the same command again
         "last_step": subject.step,
         "reason": None,
         "subject": str(a.subject),

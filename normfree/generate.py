@@ -83,12 +83,14 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     use_cache: bool = True,
+    n_ids: int | None = None,
 ) -> Tensor:
     """Continue prompt_ids (B, T), or one list of ids, by `max_new_tokens`: int64 (B, T + max_new_tokens).
 
-    Ids that only pad the vocabulary are never drawn. Past `block_size` tokens the window slides: each token then sees
-    the last `block_size` ones, from position 0 on, and is computed without the cache (a slid window moves every
-    position, so nothing cached would hold). The global random state and the model's mode are left as they were.
+    Ids that only pad the vocabulary are never drawn, nor those from `n_ids` on. Past `block_size` tokens the window
+    slides: each token then sees the last `block_size` ones, from position 0 on, and is computed without the cache (a
+    slid window moves every position, so nothing cached would hold). The global random state and the model's mode are
+    left as they were.
     Raises `UserError` on a bad option or prompt, and on logits that are not finite.
     """
     _check_options(max_new_tokens, temperature, top_k)
@@ -101,7 +103,7 @@ def generate(
         for _ in range(max_new_tokens):
             if ids.size(1) > model.config.block_size:
                 cache = None
-            logits = _next_logits(model, ids, cache)
+            logits = _next_logits(model, ids, cache)[..., :n_ids]
             ids = torch.cat((ids, sample(logits, temperature, top_k, generator).to(ids.device)), dim=1)
     finally:
         model.train(training)
@@ -119,7 +121,7 @@ def run_tokenizer(checkpoint: Path) -> Tokenizer:
 def complete(model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options: Any) -> str:
     """The prompt and its continuation as text. An empty prompt starts where a document does, after end-of-text."""
     start = tokenizer.encode_batch([prompt])[0].tolist() or [tokenizer.end_of_text]
-    ids = generate(model, start, max_new_tokens, **options)[0].tolist()
+    ids = generate(model, start, max_new_tokens, n_ids=tokenizer.n_vocab, **options)[0].tolist()
     return prompt + tokenizer.decode(ids[len(start) :])
 
 

@@ -38,6 +38,7 @@ MANIFEST = "MANIFEST.json"  # what a checkpoint directory has and a run director
 SITES = ("block", "attn", "mlp", "attn_probs", "q", "k", "v", "mlp_hidden")
 IN_ORDER = ("q", "k", "v", "attn_probs", "attn", "mlp_hidden", "mlp", "block")  # in which a block computes them
 LOST = ("diverged", "failed")  # statuses
+EVALUATION = "evaluation"  # a status' `kind`: the directory is of normfree.evaluate, and nothing was trained there
 TIMES = ("seconds", "tokens_per_second")  # the only scalars that two runs of the same bits may differ in
 
 
@@ -189,6 +190,11 @@ class Run:
         self.metrics.to_csv(path, index=False)
 
 
+def is_evaluation(run: Run) -> bool:
+    """Whether the directory is what `normfree.evaluate` wrote."""
+    return run.status.get("kind") == EVALUATION
+
+
 def is_lost(run: Run) -> bool:
     """Diverged, failed, or finished on a loss that is not finite (`nan_policy=log` trains on): the last one of
     validation, or of training where nothing was evaluated.
@@ -275,12 +281,15 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def load_runs(pattern: str | Path | Iterable[str | Path]) -> "pd.DataFrame":
-    """One tidy frame of several runs: every metrics row, with `run`, `directory`, `status` and the configuration."""
+    """One tidy frame of several runs: every metrics row, with `run`, `directory`, `status`, `kind` (run or evaluation)
+    and the configuration.
+    """
     import pandas as pd
 
     frames = []
     for run in expand([pattern] if isinstance(pattern, str | Path) else pattern):
         columns = {"run": run.name, "directory": str(run.directory), "status": run.status.get("status")}
+        columns["kind"] = EVALUATION if is_evaluation(run) else "run"
         columns |= {name: str(v) if isinstance(v, list) else v for name, v, _ in flat_keys(run.config)}
         frames.append(run.metrics.assign(**columns))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

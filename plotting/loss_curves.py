@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from normfree.errors import UserError
 from normfree.runs import Run, is_lost, lost_at
 from plotting import common
-from plotting.seeds import Group, group, mean_interval
+from plotting.seeds import Group, group, mean_interval, trained
 
 DEFAULT = ("train/loss", "val/loss")
 UNITS = {
@@ -61,6 +61,7 @@ def plot(
 
     Without `metrics`: training and validation loss, as far as every run has them.
     """
+    runs = trained(runs)
     groups = group(runs)
     metrics = metrics or [name for name in DEFAULT if all(name in run.metrics for run in runs)] or DEFAULT
     width = common.size(fig)[0]

@@ -1,6 +1,7 @@
 """Runs that differ only in the seed: which they are, which of them were lost, and mean and interval over them."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from normfree.config import Config, flat_keys, weights_hash, weights_settings
 from normfree.errors import UserError
-from normfree.runs import Run, is_lost
+from normfree.runs import Run, is_evaluation, is_lost
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 T_TABLE = (
@@ -46,6 +47,17 @@ def final(run: Run, metric: str) -> float:
     return float(run.metrics[metric].iloc[-1]) if metric in run.metrics else math.nan
 
 
+def trained(runs: Sequence[Run]) -> list[Run]:
+    """Without evaluations, which are no further sample of training; they are named on stderr."""
+    kept = [run for run in runs if not is_evaluation(run)]
+    if not kept:
+        raise UserError(f"{runs[0].directory} is an evaluation, and so are all that were named: name runs.")
+    for run in runs:
+        if is_evaluation(run):
+            print(f"{run.directory}: an evaluation, left out", file=sys.stderr)
+    return kept
+
+
 def group(runs: Sequence[Run]) -> list[Group]:
     """Groups of equal settings that can change the weights, the seed aside, in order of first appearance."""
     members: dict[str, list[Run]] = {}
@@ -53,6 +65,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         members.setdefault(weights_hash(run.config), []).append(run)
     for same in members.values():
         _refuse_repeats(same)
+        _refuse_other_code(same)
     names = _names([same[0] for same in members.values()])
     return [Group(name, same) for name, same in zip(names, members.values(), strict=True)]
 
@@ -65,6 +78,17 @@ def _refuse_repeats(runs: Sequence[Run]) -> None:
             raise UserError(
                 f"{other.directory} and {run.directory} have the same settings and the same seed {run.config.seed}: "
                 "they are not two samples. Name one of them."
+            )
+
+
+def _refuse_other_code(runs: Sequence[Run]) -> None:
+    """Settings name a plug-in's choices, and not what its file holds."""
+    used = [{plugin["sha256"] for plugin in run.status.get("plugins", [])} for run in runs]
+    for run, plugins in zip(runs, used, strict=True):
+        if plugins != used[0]:
+            raise UserError(
+                f"{runs[0].directory} and {run.directory} have the same settings, and plug-ins of other contents: they "
+                "are not two samples of one configuration. Name one of them."
             )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from normfree.model.losses import IGNORED
 from normfree.runs import SITES, load_run
 from normfree.training import store
 from normfree.training.checkpoint import load_model
+from normfree.training.evaluation import bytes_per_token
 
 PYTHIA = {"positions": "rotary", "parallel_residual": True, "tie_embeddings": False, "rotary_pct": 0.5}
 
@@ -168,6 +170,36 @@ def test_a_run_is_evaluated_into_a_run_of_its_own(run_dir, capsys):
     assert evaluation.status["tokens"] == data[:, 1:].size
     assert evaluation.config.data == source.config.data
     assert evaluation.name == f"tiny step {STEP}"
+
+
+def test_bits_per_byte_of_a_part_are_of_that_part(run_dir, tmp_path):
+    """The first documents are other text than the whole split: training, which evaluates the same, says the same."""
+    config = load_run(run_dir).config
+    tokens = 48
+    out = tmp_path / "part"
+    assert main([str(run_dir), "--max-tokens", str(tokens), "--out", str(out)]) == 0
+    row, corpus = load_run(out).metrics.iloc[0], prepare(config.data)
+    rows = evaluation_rows(corpus.tokens("val"), 24, tokens)
+    expected = row["val/loss"] / math.log(2) / bytes_per_token(rows, corpus.tokenizer)
+    assert row["val/bits_per_byte"] == pytest.approx(expected, rel=1e-9)
+    assert bytes_per_token(rows, corpus.tokenizer) != pytest.approx(corpus.bytes_per_token("val"), rel=1e-4)
+
+
+def test_nothing_is_trained_in_an_evaluation(run_dir, tmp_path, capsys, monkeypatch):
+    from normfree import cli
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    out = tmp_path / "ev"
+    assert main([str(run_dir), "--out", str(out)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for words, code in (
+        (["resume=" + str(out)], EXIT_DIRECTORY),
+        (["resume=" + str(out), "train.max_steps=99"], EXIT_DIRECTORY),
+        (["init_from=" + str(out)], EXIT_CHECKPOINT),
+    ):
+        assert cli.main(words) == code
+        assert "is an evaluation" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_figures_can_be_drawn_of_it(run_dir, tmp_path):

@@ -111,6 +111,12 @@ def test_padding_is_never_drawn():
     assert generate(model, [0], 5, temperature=1e6, top_k=30).max() < 5
 
 
+def test_ids_that_no_token_has_are_never_drawn():
+    model = build(vocab_used=30)
+    ids = generate(model, [[0]] * 50, 11, temperature=1e6, n_ids=7)
+    assert set(ids[:, 1:].flatten().tolist()) == set(range(7))
+
+
 def test_global_randomness_and_mode_are_left_alone():
     model = build(dropout=DropoutConfig(0.5, 0.5, 0.5))
     before = torch.get_rng_state()

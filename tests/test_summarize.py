@@ -11,8 +11,9 @@ from types import ModuleType
 import pytest
 from fixtures.make_runs import make_run
 
-from normfree.errors import EXIT_CONFIG, EXIT_DIRECTORY, EXIT_OK
-from normfree.runs import expand
+from normfree.errors import EXIT_CONFIG, EXIT_DIRECTORY, EXIT_OK, UserError
+from normfree.records import RunWriter
+from normfree.runs import expand, load_runs
 from plotting.seeds import mean_interval, t_quantile
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "summarize.py"
@@ -83,6 +84,37 @@ def test_a_finished_run_without_a_finite_loss_is_lost(summarize: ModuleType, tmp
     run = make_run(tmp_path / "nan", lost_from=300)
     ((row,), _) = summarize.summarize([run])
     assert (row.n, row.lost, row.loss) == (1, 1, None)
+
+
+def test_a_loss_without_a_perplexity_leaves_the_table_whole(summarize: ModuleType, tmp_path: Path) -> None:
+    """exp(710) is no float."""
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["val/loss"] = 2464.98
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert summarize.main([str(run.directory), "--out", str(tmp_path / "table.csv")]) == EXIT_OK
+    ((row,), _) = summarize.summarize(expand([run.directory]))
+    assert (row.loss, row.perplexity) == (2464.98, None)
+
+
+def test_evaluations_are_no_samples_of_training(
+    summarize: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, baseline = summarize.summarize(expand([folder]))
+    beside = make_run(folder / "evaluate-of-norm", seed=1, norm="layernorm")  # the settings of a run, and its seed
+    RunWriter(beside.directory).status(kind="evaluation")
+    assert summarize.summarize(expand([folder])) == (before, baseline)
+    assert "evaluate-of-norm: an evaluation, left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is an evaluation, and so are all that were named"):
+        summarize.summarize(expand([beside.directory]))
+    assert set(load_runs(str(folder))["kind"]) == {"run", "evaluation"}
+
+
+def test_plug_ins_of_other_contents_are_no_samples_of_one_configuration(summarize: ModuleType, folder: Path) -> None:
+    for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
+        RunWriter(folder / f"norm-s{seed}").status(plugins=[{"path": "mine.py", "sha256": digest}])
+    with pytest.raises(UserError, match="plug-ins of other contents"):
+        summarize.summarize(expand([folder]))
 
 
 def test_entropy_is_that_of_the_last_record(summarize: ModuleType, tmp_path: Path) -> None:

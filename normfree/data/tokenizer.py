@@ -71,6 +71,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; bytes that are no UTF-8 (a cut character) become U+FFFD."""
 
+    def n_bytes(self, ids: np.ndarray) -> int:
+        """How many bytes of UTF-8 `ids` stand for, parts of characters included."""
+
     def files(self) -> dict[str, bytes]:
         """File name -> content of what `load_tokenizer` needs besides the name."""
 
@@ -117,6 +120,9 @@ class ByteTokenizer:
         end = END_OF_TEXT.encode()
         return b"".join(end if i == self.end_of_text else bytes([i]) for i in map(int, ids)).decode(errors="replace")
 
+    def n_bytes(self, ids: np.ndarray) -> int:
+        return len(ids) + int((ids == self.end_of_text).sum()) * (len(END_OF_TEXT) - 1)
+
     def files(self) -> dict[str, bytes]:
         return {}
 
@@ -149,6 +155,9 @@ class BpeTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._encoding.decode([int(i) for i in ids], errors="replace")
+
+    def n_bytes(self, ids: np.ndarray) -> int:
+        return len(self._encoding.decode_bytes([int(i) for i in ids]))
 
     def files(self) -> dict[str, bytes]:
         return {RANK_FILE: self._rank_file}
@@ -190,6 +199,9 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def n_bytes(self, ids: np.ndarray) -> int:
+        return len(self.decode(ids).encode(errors="replace"))  # the library has text alone: a cut character counts 3
 
     def files(self) -> dict[str, bytes]:
         return {JSON_FILE: self._content}

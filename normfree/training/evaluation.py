@@ -41,8 +41,7 @@ def bytes_per_token(rows: np.ndarray, tokenizer: Tokenizer) -> float:
     """UTF-8 bytes of text a target of `rows` (N, T + 1) stands for on average; end-of-text stands for none."""
     targets = rows[:, 1:]
     targets = targets[targets != IGNORED]
-    text = tokenizer.decode(targets[targets != tokenizer.end_of_text])
-    return len(text.encode("utf-8", errors="replace")) / len(targets)
+    return tokenizer.n_bytes(targets[targets != tokenizer.end_of_text]) / len(targets)
 
 
 def loss_metrics(loss: float, bytes_per_token: float) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from normfree.config import Config, weights_differences, weights_hash
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_OK, UserError
-from normfree.runs import checkpoint_name, is_run, load_run
+from normfree.runs import checkpoint_name, is_evaluation, is_run, load_run
 from normfree.training import checkpoint as ckpt
 from normfree.training.locking import LOCK
 
@@ -37,7 +37,7 @@ def plugin_hashes(plugins: list[dict[str, str]]) -> set[str]:
 
 def ended(config: Config, run_dir: Path, plugins: list[dict[str, str]]) -> RunResult | None:
     """What an earlier, ended run of this configuration came to; None where there is something left to train."""
-    if not is_run(run_dir) or differences(config, run_dir):
+    if not is_run(run_dir) or is_evaluation(load_run(run_dir)) or differences(config, run_dir):
         return None
     status = load_run(run_dir).status
     if plugin_hashes(status.get("plugins", [])) != plugin_hashes(plugins):
@@ -78,6 +78,8 @@ def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]])
     if not is_run(run_dir):
         raise UserError(f"run_dir={run_dir} holds other files and is no run. Choose an empty one.", EXIT_DIRECTORY)
     run = load_run(run_dir)
+    if is_evaluation(run):
+        raise UserError(f"run_dir={run_dir} is an evaluation, and no run. Choose another one.", EXIT_DIRECTORY)
     # Asked for by name, a run may be made longer; a new command means exactly what it says.
     found = differences(config, run_dir) if config.resume else weights_differences(config, run.config)
     used = run.status.get("plugins", [])
@@ -95,6 +97,12 @@ def starting_point(config: Config, run_dir: Path, plugins: list[dict[str, str]])
         raise UserError(
             f"run_dir={run_dir}: none of its {len(run.checkpoints)} checkpoints is whole and finite, so the run cannot "
             "go on, and starting again would overwrite its record. Move it away, or choose another run_dir.",
+            EXIT_CHECKPOINT,
+        )
+    if good is None and config.resume and run.status.get("status") == "finished":
+        raise UserError(
+            f"resume={run_dir}: the run is finished and has no checkpoint any more, so there is nothing to go on from, "
+            "and starting again would overwrite its record. Start a new run.",
             EXIT_CHECKPOINT,
         )
     return None if good is None else good[1]

@@ -289,3 +289,11 @@ def test_a_silent_server_costs_no_more_than_the_limit(monkeypatch: pytest.Monkey
         assert not network.reachable("https://example.invalid", seconds=0.5)
         assert 0.4 < time.monotonic() - began < 2
     assert network.SECONDS <= 3
+
+
+def test_bytes_are_counted_where_a_character_is_cut(built_in: Tokenizer) -> None:
+    """A cut character has bytes, and no text."""
+    text = "caf\u00e9 \u65e5\u672c\n" * 3
+    ids = built_in.encode_batch([text])[0]
+    for cut in range(len(ids)):
+        assert built_in.n_bytes(ids[:cut]) + built_in.n_bytes(ids[cut:]) == len(text.encode())

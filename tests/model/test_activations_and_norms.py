@@ -155,3 +155,13 @@ def test_the_absence_of_a_norm_is_an_identity():
     assert isinstance(norm, torch.nn.Identity)
     assert norm(x) is x
     assert not list(norm.parameters())
+
+
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm"])
+def test_norms_of_a_model_that_was_made_half_compute_in_fp32(name):
+    """`load_model(run).to(torch.bfloat16)`: weights of another dtype than the fp32 that statistics are taken in."""
+    norm = NORMS[name](16, 1e-5)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    wanted = norm(x.bfloat16())
+    assert torch.equal(norm.to(torch.bfloat16)(x.bfloat16()), wanted)
+    assert norm.double()(x.double()).dtype == torch.float64

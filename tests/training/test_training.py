@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -140,6 +141,34 @@ def test_the_directory_name_follows_what_can_change_the_weights(tiny):
 def test_how_often_there_is_a_checkpoint_matters_where_a_run_may_go_back_to_one(tiny, policy, matters):
     often, seldom = (weights_hash(tiny(nan_policy=policy, **{"train.checkpoint_every": n})) for n in (5, 10))
     assert (often != seldom) == matters
+
+
+def test_keys_that_name_nothing_keep_no_run_from_being_the_same(train_tiny):
+    """`rollback.*` under nan_policy=raise is in no hash; the directory's own check asked for it all the same."""
+    train_tiny()
+    again = train_tiny(**{"rollback.steps": 5, "debug.inject.value": "inf"})
+    assert again.status["last_step"] == 6
+    other = {"nan_policy": "rollback", "train.checkpoint_every": 2}
+    train_tiny("back", **other)
+    with pytest.raises(UserError, match="train.checkpoint_every: 3, not 2"):
+        train_tiny("back", **other | {"train.checkpoint_every": 3})
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_made_longer(train_tiny):
+    """It began anew, over the record that was there."""
+    run = train_tiny()
+    shutil.rmtree(run.directory / "checkpoints")
+    before = (run.directory / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="has no checkpoint any more") as caught:
+        train_tiny(resume=str(run.directory), **{"train.max_steps": 9})
+    assert caught.value.exit_code == EXIT_CHECKPOINT
+    assert (run.directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_s_is_never_drawn_from(train_tiny, capsys):
+    """Ids that no token has cannot be decoded: the sample at the end made a failed run of a finished one."""
+    run = train_tiny(**{"model.vocab_size": 320, "model.vocab_used": 320, "optim.lr": 1e-9})
+    assert run.status["status"] == "finished"
 
 
 def test_another_configuration_is_refused_and_nothing_is_touched(train_tiny, tiny, tmp_path):
