@@ -108,7 +108,9 @@ class DataConfig:
     source: str = key("python_stdlib", "where text comes from")
     path: str | None = key(None, "source=files: a file, a folder or a glob; source=codeparrot: a local copy")
     text_column: str = key("content", "column of the text in .jsonl, .json.gz and .parquet")
-    tokenizer: str = key("code8k", "code8k, gpt2, bytes, trained, or the path of a tokenizer.json")
+    tokenizer: str = key(
+        "code8k", "code8k, gpt2, bytes, trained, or the path of a tokenizer.json or of a run's tokenizer/"
+    )
     vocab_size: int = key(8192, "vocabulary of tokenizer=trained")
     seq_len: int | None = key(None, "tokens a training sequence; null: 128, or block_size where that is less")
     chunks: str = key("packed", "packed (documents joined by end-of-text) or original (exact-length chunks, no joins)")

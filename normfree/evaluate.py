@@ -23,8 +23,9 @@ import torch
 from normfree.config import Config, DataConfig, ModelConfig, resolve, resolve_vocabulary
 from normfree.data.batches import evaluation_rows
 from normfree.data.packing import Corpus, prepare
+from normfree.data.tokenizer import check_tokenizer, require_same_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_OK, UserError
-from normfree.generate import check_device, run_tokenizer
+from normfree.generate import check_device
 from normfree.interop.huggingface import from_hf, is_hf_folder
 from normfree.measure import Measurement, measure_split
 from normfree.model import Transformer
@@ -49,7 +50,7 @@ class Subject:
     config: Config
     step: int
     out: Path  # where the evaluation goes unless --out says otherwise
-    tokenizer_fingerprint: str | None = None  # of the run; None: the user chose the tokenizer
+    tokenizer: Path | None = None  # the run's own, as it saved it; None: the user chose the tokenizer
 
 
 def load_subject(path: Path, tokenizer: str | None) -> Subject:
@@ -74,9 +75,8 @@ def _of_checkpoint(checkpoint: Path) -> Subject:
     config = ckpt.load_config(checkpoint)
     step = ckpt.verify(checkpoint)["step"]
     config.name = f"{load_run(run_dir).name} step {step}"
-    fingerprint = run_tokenizer(checkpoint).fingerprint
     out = run_dir / "evaluations" / checkpoint.name
-    return Subject(ckpt.load_model(checkpoint), config, step, out, fingerprint)
+    return Subject(ckpt.load_model(checkpoint), config, step, out, run_dir / "tokenizer")
 
 
 def _of_hf_folder(folder: Path, tokenizer: str | None) -> Subject:
@@ -97,6 +97,8 @@ def choose_data(subject: Subject, a: argparse.Namespace) -> None:
     if other_text:
         data.source, data.path = a.data or "files", a.path
         data.max_documents = None
+    if subject.tokenizer is not None and (other_text or not _is_here(data)):
+        data.tokenizer = str(subject.tokenizer)  # one that was trained would be trained anew on other text
     if a.seq_len is not None:
         data.seq_len = a.seq_len
     if other_text or (a.seq_len is not None and data.chunks == "original"):
@@ -109,16 +111,21 @@ def choose_data(subject: Subject, a: argparse.Namespace) -> None:
         subject.out = subject.out.with_name(f"{subject.out.name}-{a.split}")
 
 
+def _is_here(data: DataConfig) -> bool:
+    """Whether the tokenizer can be loaded by the name that the run knew it by."""
+    try:
+        check_tokenizer(data)
+    except UserError:
+        return False
+    return True
+
+
 def open_corpus(subject: Subject) -> Corpus:
     """The text as tokens of the model's own tokenizer, else `UserError`."""
     config = subject.config
     corpus = prepare(config.data, report=lambda line: print(line, file=sys.stderr))
-    expected = subject.tokenizer_fingerprint
-    if expected is not None and corpus.tokenizer.fingerprint != expected:
-        raise UserError(
-            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the model was trained with (a trained "
-            "tokenizer depends on its text); loss and entropy would mean nothing."
-        )
+    if subject.tokenizer is not None:
+        require_same_tokenizer(f"{config.name}", subject.tokenizer, corpus.tokenizer)
     resolve_vocabulary(config, corpus.tokenizer.n_vocab)
     config.data.fingerprint = corpus.fingerprint
     return corpus

@@ -90,7 +90,7 @@ SOURCES = Table(
     },
 )
 
-# Any other value of data.tokenizer is the path of a tokenizer.json.
+# Any other value of data.tokenizer is the path of a tokenizer.json, or of the tokenizer/ of a run.
 TOKENIZERS = Table(
     "data.tokenizer",
     "normfree.data.tokenizer",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from normfree import measure
 from normfree.config import BiasConfig, DropoutConfig, ModelConfig
 from normfree.data.batches import evaluation_rows
 from normfree.data.packing import prepare
+from normfree.data.tokenizer import load_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DIRECTORY
 from normfree.evaluate import main
 from normfree.interop.hf_config import config_to_hf
@@ -185,6 +187,18 @@ def test_bits_per_byte_of_a_part_are_of_that_part(run_dir, tmp_path):
     assert bytes_per_token(rows, corpus.tokenizer) != pytest.approx(corpus.bytes_per_token("val"), rel=1e-4)
 
 
+def test_a_run_is_measured_on_other_text_with_its_own_tokenizer(train_tiny, tmp_path, capsys):
+    """A tokenizer that was trained would be another one on other text, and one may have been moved."""
+    texts = write_texts(tmp_path / "other")
+    for name in ("trained", str(tmp_path / "tokenizer.json")):
+        byte_level().save(str(tmp_path / "tokenizer.json"))
+        run = train_tiny(f"run-{Path(name).stem}", **{"data.tokenizer": name, "data.vocab_size": 300})
+        (tmp_path / "tokenizer.json").unlink()
+        assert main([str(run.directory), "--path", str(texts), "--out", str(tmp_path / "ev")]) == 0, name
+        own = load_tokenizer(run.directory / "tokenizer").fingerprint
+        assert prepare(load_run(tmp_path / "ev").config.data).tokenizer.fingerprint == own
+
+
 def test_nothing_is_trained_in_an_evaluation(run_dir, tmp_path, capsys, monkeypatch):
     from normfree import cli
 
@@ -252,18 +266,22 @@ def test_a_diverged_checkpoint_is_written_down_as_such(tmp_path):
     assert np.isnan(evaluation.probe_entropy[0, 1]).all()
 
 
+def byte_level():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
 def hf_folder(folder, **keys):
     """A GPT-2 with a byte-level tokenizer.json."""
     model = build(**({"block_size": 40, "vocab_size": 257} | keys))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_hf(model.config)))
     save_file({name: t.clone() for name, t in state_to_hf(model).items()}, folder / "model.safetensors")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_level().save(str(folder / "tokenizer.json"))
     return model
 
 

@@ -270,16 +270,22 @@ def build_tokenizer(data: DataConfig, texts: Texts) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names. `texts` gives the training split, for the one that is trained."""
     if data.tokenizer in TOKENIZERS:
         return TOKENIZERS[data.tokenizer](data, texts)
-    path = _json_file(data)
-    return JsonTokenizer(path.name, path.read_bytes())
+    path = _path(data)
+    return load_tokenizer(path) if path.is_dir() else JsonTokenizer(path.name, path.read_bytes())
 
 
-def _json_file(data: DataConfig) -> Path:
+def _path(data: DataConfig) -> Path:
+    """A tokenizer.json, or the folder of a run that `save_tokenizer` wrote."""
     path = home(data.tokenizer, "data.tokenizer")
+    if (path / META_FILE).is_file():
+        return path
     path = path / JSON_FILE if path.is_dir() else path
     if not path.is_file():
         choices = unknown("data.tokenizer", data.tokenizer, TOKENIZERS)
-        raise UserError(f"{choices} Or give the path of a tokenizer.json: there is no file {path}.", EXIT_DATA)
+        raise UserError(
+            f"{choices} Or give the path of a tokenizer.json, or of a run's tokenizer/: there is no file {path}.",
+            EXIT_DATA,
+        )
     return path
 
 
@@ -297,7 +303,10 @@ def tokenizer_identity(data: DataConfig) -> str:
         return f"trained {data.vocab_size} on {TRAINING_BYTES}"
     if data.tokenizer in TOKENIZERS:
         return data.tokenizer
-    return "json " + hashlib.sha256(_json_file(data).read_bytes()).hexdigest()
+    path = _path(data)
+    if path.is_dir():
+        return "saved " + load_tokenizer(path).fingerprint
+    return "json " + hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -336,6 +345,6 @@ def require_same_tokenizer(origin: str, directory: Path, tokenizer: Tokenizer) -
         raise UserError(
             f"{origin} was trained with the tokenizer {saved.name} ({saved.n_vocab} ids, sha256 {saved.fingerprint}), "
             f"and this corpus has {tokenizer.name} ({tokenizer.n_vocab} ids, sha256 {tokenizer.fingerprint}): the same "
-            "ids would be other text. Choose its data.tokenizer, and for one that was trained its data, too.",
+            f"ids would be other text. Choose its own: data.tokenizer={directory}",
             EXIT_DATA,
         )

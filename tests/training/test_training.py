@@ -219,6 +219,16 @@ def test_pruning_keeps_the_last_good_checkpoint(train_tiny):
     assert first in [path for _, path in load_run(run.directory).checkpoints]
 
 
+def test_a_run_s_tokenizer_can_be_chosen_by_its_folder(train_tiny):
+    """So other text is trained on from its weights, with a tokenizer that was trained, too."""
+    source = train_tiny("source", **{"data.tokenizer": "trained", "data.vocab_size": 300})
+    folder = source.directory / "tokenizer"
+    again = train_tiny("again", init_from=str(source.directory), **{"data.tokenizer": str(folder)})
+    assert load_tokenizer(again.directory / "tokenizer").fingerprint == load_tokenizer(folder).fingerprint
+    with pytest.raises(UserError, match=f"Choose its own: data.tokenizer={folder}"):
+        train_tiny("other", init_from=str(source.directory))
+
+
 def test_init_from_starts_with_those_weights(train_tiny):
     source = train_tiny("source", **{"train.max_steps": 40})
     again = train_tiny("again", init_from=str(source.directory))
