@@ -65,13 +65,15 @@ def _prompt(model: Transformer, prompt_ids: Tensor | list[int]) -> Tensor:
     return ids
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     if max_new_tokens < 0:
         raise UserError(f"tokens={max_new_tokens} is negative.")
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature={temperature} must be a number of at least 0 (0: always the likeliest token).")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k={top_k} must be at least 1.")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed={seed} must be from -2^63 to 2^64 - 1.")
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def generate(
     left as they were.
     Raises `UserError` on a bad option or prompt, and on logits that are not finite.
     """
-    _check_options(max_new_tokens, temperature, top_k)
+    _check_options(max_new_tokens, temperature, top_k, seed)
     ids = _prompt(model, prompt_ids)
     generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache(ids.size(0), model.wte.weight.dtype) if use_cache else None

@@ -158,6 +158,7 @@ def test_logits_that_are_not_finite_are_an_error_in_words(temperature):
         ([1], {"temperature": -1}, "temperature=-1"),
         ([1], {"temperature": math.nan}, "temperature=nan"),
         ([1], {"top_k": 0}, "top_k=0"),
+        ([1], {"seed": 2**64}, "seed=18446744073709551616 must be"),
         ([1], {"max_new_tokens": -2}, "tokens=-2"),
     ],
 )

@@ -52,16 +52,28 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     Optional keys that are missing mean what they mean to transformers. All rows of the vocabulary count as in use.
     """
     family = values.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UserError(unknown("model_type", family, ARCHITECTURES))
     missing = [name for name in REQUIRED[family] if values.get(name) is None]
     if missing:
         raise UserError(f"config.json of a {family} model lacks {', '.join(missing)}.")
-    problems = _import_problems(values, family)
+    problems = [*_shape_problems(values, family), *_import_problems(values, family)]
     if problems:
         raise UserError("this Hugging Face model cannot be imported:\n" + "\n".join(problems))
     config = _from_gpt2(values) if family == "gpt2" else _from_gpt_neox(values)
     return resolve_model(config)
+
+
+def _shape_problems(values: dict[str, Any], family: str) -> list[str]:
+    problems = [
+        f"{name}={values[name]!r} must be a whole number of at least 1."
+        for name in REQUIRED[family]
+        if type(values[name]) is not int or values[name] < 1
+    ]
+    width, heads = ("n_embd", "n_head") if family == "gpt2" else ("hidden_size", "num_attention_heads")
+    if not problems and values[width] % values[heads]:
+        problems.append(f"{width}={values[width]} is no multiple of {heads}={values[heads]}.")
+    return problems
 
 
 def _import_problems(values: dict[str, Any], family: str) -> list[str]:
@@ -72,10 +84,13 @@ def _import_problems(values: dict[str, Any], family: str) -> list[str]:
     ]
     act_key = "activation_function" if family == "gpt2" else "hidden_act"
     act = values.get(act_key)
-    if act is not None and act not in ACT_FROM_HF:
+    if act is not None and (not isinstance(act, str) or act not in ACT_FROM_HF):
         problems.append(f"{act_key}: " + unknown("activation", act, ACT_FROM_HF))
     for name in ("rope_scaling", "rope_parameters"):
         rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            problems.append(f"{name}={rope!r} is no object.")
+            continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             problems.append(f"{name}: rope type {kind!r} is not supported, only 'default'.")
@@ -96,7 +111,7 @@ def _from_gpt2(values: dict[str, Any]) -> ModelConfig:
         vocab_size=values["vocab_size"],
         vocab_used=values["vocab_size"],
         norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        act=ACT_FROM_HF[values.get("activation_function", "gelu_new")],
+        act=ACT_FROM_HF[values.get("activation_function") or "gelu_new"],
         act_slope=HF_LEAKY_SLOPE,
         tie_embeddings=values.get("tie_word_embeddings", True),
         dropout=DropoutConfig(
@@ -120,7 +135,7 @@ def _from_gpt_neox(values: dict[str, Any]) -> ModelConfig:
         vocab_size=values["vocab_size"],
         vocab_used=values["vocab_size"],
         norm_eps=values.get("layer_norm_eps", 1e-5),
-        act=ACT_FROM_HF[values.get("hidden_act", "gelu")],
+        act=ACT_FROM_HF[values.get("hidden_act") or "gelu"],
         act_slope=HF_LEAKY_SLOPE,
         positions="rotary",
         rotary_pct=rope.get("partial_rotary_factor", values.get("rotary_pct", 0.25)),

@@ -79,7 +79,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         shards = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        shards = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        shards = _shards(folder / INDEX)
     else:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = (
@@ -95,6 +95,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / INDEX} names {name!r}, which is not in the folder.", EXIT_CHECKPOINT)
         tensors |= _read_shard(folder / name)
     return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files.", EXIT_CHECKPOINT)
+    return sorted(set(weight_map.values()))
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:

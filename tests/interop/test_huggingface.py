@@ -126,6 +126,11 @@ def damage_head(folder, tensors):
     save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, folder / "model.safetensors")
 
 
+def damage_index(folder, tensors):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+
+
 def damage_config(folder, tensors):
     (folder / "config.json").write_text('{"model_type": "gpt2",')
 
@@ -140,6 +145,7 @@ def damage_config(folder, tensors):
         (damage_shape, r"wpe\.weight is \(11, 12\), not \(10, 12\)"),
         (damage_head, "tie_word_embeddings is true, but lm_head"),
         (damage_config, "not JSON"),
+        (damage_index, r"index\.json has no weight_map"),
     ],
 )
 def test_a_damaged_folder_is_refused(damage, message, tmp_path):
@@ -166,6 +172,12 @@ def test_an_untied_configuration_needs_a_head(tmp_path):
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention=True"),
         (GPT2, {"activation_function": "mish"}, "activation_function: unknown activation 'mish'"),
+        (GPT2, {"activation_function": ["relu"]}, "activation_function: unknown activation"),
+        (GPT2, {"model_type": ["gpt2"]}, "unknown model_type"),
+        (GPT2, {"n_head": 0}, "n_head=0 must be a whole number of at least 1"),
+        (GPT2, {"n_layer": "2"}, "n_layer='2' must be a whole number"),
+        (GPT2, {"n_head": 5}, "n_embd=12 is no multiple of n_head=5"),
+        (NEOX, {"rope_scaling": [1]}, r"rope_scaling=\[1\] is no object"),
         (GPT2, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (GPT2, {"n_layer": None}, "lacks n_layer"),
         (NEOX, {"attention_bias": False}, "attention_bias=False"),
