@@ -39,6 +39,7 @@ from normfree.training.machine import DTYPES
 from normfree.training.provenance import versions
 from normfree.training.record import elements_by_site
 
+ASKED = ("split", "data", "path", "tokenizer", "seq_len", "max_tokens", "precision")  # options that change numbers
 SPLITS = ("val", "val_package", "train")
 
 
@@ -46,6 +47,7 @@ SPLITS = ("val", "val_package", "train")
 class Subject:
     """What is evaluated: the model, what it is called, and the text that belongs to it."""
 
+    origin: Path  # a checkpoint or a Hugging Face folder
     model: Transformer
     config: Config
     step: int
@@ -76,7 +78,7 @@ def _of_checkpoint(checkpoint: Path) -> Subject:
     step = ckpt.verify(checkpoint)["step"]
     config.name = f"{load_run(run_dir).name} step {step}"
     out = run_dir / "evaluations" / checkpoint.name
-    return Subject(ckpt.load_model(checkpoint), config, step, out, run_dir / "tokenizer")
+    return Subject(checkpoint, ckpt.load_model(checkpoint), config, step, out, run_dir / "tokenizer")
 
 
 def _of_hf_folder(folder: Path, tokenizer: str | None) -> Subject:
@@ -87,7 +89,7 @@ def _of_hf_folder(folder: Path, tokenizer: str | None) -> Subject:
     model = from_hf(folder)
     name = folder.resolve().name
     config = Config(name=name, model=model.config, data=DataConfig(tokenizer=tokenizer))
-    return Subject(model, config, 0, Path("runs") / f"evaluate-{name}")
+    return Subject(folder.resolve(), model, config, 0, Path("runs") / f"evaluate-{name}")
 
 
 def choose_data(subject: Subject, a: argparse.Namespace) -> None:
@@ -135,10 +137,17 @@ def open_corpus(subject: Subject) -> Corpus:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A directory to write under that becomes `out` at the end. An older evaluation gives way, nothing else does."""
-    if out.exists() and not (is_run(out) and is_evaluation(load_run(out))):
+def replacing(out: Path, asked: dict[str, Any]) -> Iterator[Path]:
+    """A directory to write under that becomes `out` at the end. An older evaluation gives way, nothing else does;
+    `asked`: only one that was asked the same, where this names anything.
+    """
+    if out.is_symlink() or (out.exists() and not (is_run(out) and is_evaluation(load_run(out)))):
         raise UserError(f"{out} exists and is no evaluation. Name another directory with --out.", EXIT_DIRECTORY)
+    before = load_run(out).status.get("asked", asked) if out.exists() else asked
+    if other := [f"{name}: {before.get(name)}" for name, value in asked.items() if before.get(name) != value]:
+        raise UserError(
+            f"{out} is another evaluation ({', '.join(other)}). Name a directory with --out.", EXIT_DIRECTORY
+        )
     temporary = out.with_name(f".{out.name}.writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -187,13 +196,14 @@ def run(a: argparse.Namespace) -> str:
     assert config.data.seq_len is not None, "the configuration is not resolved"
     rows = evaluation_rows(tokens, config.data.seq_len, a.max_tokens or len(tokens), corpus.chunk_len)
     out = a.out or subject.out
-    with replacing(out) as directory:
+    asked = {name: getattr(a, name) for name in ASKED} | {"origin": str(subject.origin)}
+    with replacing(out, {} if a.out else asked) as directory:  # a directory that was typed is meant
         result = measure_split(subject.model.to(a.device), rows, a.batch_size, a.precision)
         part = a.max_tokens is not None  # a split's beginning is other text than all of it
         ratio = bytes_per_token(rows, corpus.tokenizer) if part else corpus.bytes_per_token(a.split)
         metrics = metrics_of(result, ratio, a.split)
         write(directory, config, subject.step, result, metrics)
-        RunWriter(directory).status(**_status(a, subject, corpus, result), plugins=plugins, **metrics)
+        RunWriter(directory).status(**_status(a, subject, corpus, result), asked=asked, plugins=plugins, **metrics)
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     return f"{config.name}: {numbers}; {result.tokens:,} tokens of {result.sequences:,} sequences\n{out}"
 

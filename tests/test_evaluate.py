@@ -199,6 +199,23 @@ def test_a_run_is_measured_on_other_text_with_its_own_tokenizer(train_tiny, tmp_
         assert prepare(load_run(tmp_path / "ev").config.data).tokenizer.fingerprint == own
 
 
+def test_an_evaluation_gives_way_to_the_same_question_alone(run_dir, tmp_path, capsys):
+    """Another text or length under the same default name used to take the place of what was there."""
+    out, texts = run_dir / "evaluations" / f"step-{STEP:08d}", write_texts(tmp_path / "other")
+    command = [str(run_dir)]
+    assert main(command) == 0
+    first = (out / "metrics.jsonl").read_bytes()
+    assert main(command) == 0
+    assert main([str(run_dir / "checkpoints" / f"step-{STEP:08d}")]) == 0  # the same by its name
+    for more in (["--path", str(texts)], ["--seq-len", "12"], ["--max-tokens", "48"]):
+        assert main(command + more) == EXIT_DIRECTORY
+        assert f"{out} is another evaluation ({more[0][2:].replace('-', '_')}: None" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == first
+    (tmp_path / "link").symlink_to(out)
+    assert main([*command, "--out", str(tmp_path / "link")]) == EXIT_DIRECTORY
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "other"]
+
+
 def test_nothing_is_trained_in_an_evaluation(run_dir, tmp_path, capsys, monkeypatch):
     from normfree import cli
 
