@@ -147,6 +147,12 @@ def resumed_config(config: Config, typed: list[str]) -> Config:
             "the run.",
             EXIT_DIRECTORY,
         )
+    given = {plugin["sha256"] for plugin in _plugins.values()}
+    if missing := [p["path"] for p in run.status.get("plugins", []) if p["sha256"] not in given]:
+        raise UserError(
+            f"resume={config.resume}: that run used plug-ins; give the same files, with the contents they had: "
+            f"{' '.join(f'--plugin {path}' for path in missing)}"
+        )
     saved = run.config
     bound = {*weights_settings(saved), "seed", "run_dir"} - {"train.max_steps"}
     ours = {name: value for name, value, _ in flat_keys(config)}

@@ -65,7 +65,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         members.setdefault(weights_hash(run.config), []).append(run)
     for same in members.values():
         _refuse_repeats(same)
-        _refuse_other_code(same)
+        _refuse_other_contents(same)
     names = _names([same[0] for same in members.values()])
     return [Group(name, same) for name, same in zip(names, members.values(), strict=True)]
 
@@ -81,15 +81,23 @@ def _refuse_repeats(runs: Sequence[Run]) -> None:
             )
 
 
-def _refuse_other_code(runs: Sequence[Run]) -> None:
-    """Settings name a plug-in's choices, and not what its file holds."""
-    used = [{plugin["sha256"] for plugin in run.status.get("plugins", [])} for run in runs]
-    for run, plugins in zip(runs, used, strict=True):
-        if plugins != used[0]:
+def _refuse_other_contents(runs: Sequence[Run]) -> None:
+    """Settings name a plug-in's choices and the run of `init_from`, and not what these hold."""
+    for what, found in (("plug-ins", _plugins), ("an init_from", _origin)):
+        other = next((run for run in runs if found(run) != found(runs[0])), None)
+        if other is not None:
             raise UserError(
-                f"{runs[0].directory} and {run.directory} have the same settings, and plug-ins of other contents: they "
+                f"{runs[0].directory} and {other.directory} have the same settings, and {what} of other contents: they "
                 "are not two samples of one configuration. Name one of them."
             )
+
+
+def _plugins(run: Run) -> set[str]:
+    return {plugin["sha256"] for plugin in run.status.get("plugins", [])}
+
+
+def _origin(run: Run) -> str | None:
+    return (run.status.get("origin") or {}).get("manifest")
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[object]]:

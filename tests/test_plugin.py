@@ -122,6 +122,17 @@ def test_a_plug_in_that_cannot_be_run_is_a_message(
     assert "Traceback" not in shown
 
 
+def test_a_run_with_a_plug_in_is_resumed_with_it(
+    command: Callable[..., int], small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it there were three lines of unknown choices, and none that said what was missing."""
+    assert command("--plugin", str(PLUGIN), *CHOICES) == 0
+    forget()
+    assert cli.main(["resume=r", "train.max_steps=3"]) == EXIT_CONFIG
+    assert f"give the same files, with the contents they had: --plugin {PLUGIN}\n" in capsys.readouterr().err
+    assert cli.main(["--plugin", str(PLUGIN), "resume=r", "train.max_steps=3"]) == 0
+
+
 def test_a_plug_in_that_is_named_twice_is_loaded_once() -> None:
     assert len(load_plugins([PLUGIN, str(PLUGIN)])) == 1
 

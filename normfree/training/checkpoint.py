@@ -22,7 +22,7 @@ from normfree.errors import EXIT_CHECKPOINT, UserError
 from normfree.model import Transformer
 from normfree.rules import RANGES, value_faults
 from normfree.runs import is_checkpoint, is_run
-from normfree.training.store import NotSaved, best_good, newest_good, note_best, prune, sweep, verify, write
+from normfree.training.store import NotSaved, best_good, identity, newest_good, note_best, prune, sweep, verify, write
 
 __all__ = [
     "NotSaved",
@@ -33,6 +33,7 @@ __all__ = [
     "load_training_state",
     "load_weights",
     "model_tensors",
+    "identity",
     "newest_good",
     "note_best",
     "optimizer_tensors",

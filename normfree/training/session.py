@@ -77,8 +77,10 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
     with machine.process_flags(machine.choose_deterministic(config, device)):
         with memory_in_words(config):
             trainer = Trainer(config, corpus, run_dir, device)
+        origin = None
         if checkpoint is None and config.init_from is not None:
-            ckpt.load_weights(trainer.model, ckpt.find_checkpoint(config.init_from))
+            origin = ckpt.find_checkpoint(config.init_from)
+            ckpt.load_weights(trainer.model, origin)
         # Up to here nothing was written. Now hold the directory, and look again: another process may have been there.
         with alone(run_dir):
             ckpt.sweep(run_dir)
@@ -86,7 +88,7 @@ def train(config: Config, corpus: Corpus, plugins: list[dict[str, str]] | None =
             if before is not None:
                 return _say_again(before, console)
             checkpoint = starting_point(config, run_dir, plugins)
-            return _train(trainer, checkpoint, console, plugins)
+            return _train(trainer, checkpoint, console, plugins, origin)
 
 
 def _say_again(before: RunResult, console: Console) -> RunResult:
@@ -102,7 +104,14 @@ def _say_again(before: RunResult, console: Console) -> RunResult:
     return before
 
 
-def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins: list[dict[str, str]]) -> RunResult:
+def _train(
+    trainer: Trainer,
+    checkpoint: Path | None,
+    console: Console,
+    plugins: list[dict[str, str]],
+    origin: Path | None = None,
+) -> RunResult:
+    """`origin`: the checkpoint of `init_from` whose weights the model has, where the run begins."""
     config, corpus, run_dir, device = trainer.config, trainer.corpus, trainer.run_dir, trainer.device
     start = 0
     if checkpoint is not None:
@@ -134,6 +143,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: Console, plugins:
         versions=versions(),
         **provenance(),
         plugins=plugins,
+        origin=ckpt.identity(origin) if origin else earlier.get("origin"),
     )
     console.print(
         f"{config.name} ({norm_label(config)}): {counts['total']:,} parameters, {counts['non_embedding']:,} "

@@ -209,6 +209,11 @@ def newest_good(run_dir: Path, finite: bool = True) -> tuple[int, Path] | None:
 # -- the best ---------------------------------------------------------------------------------------------------------
 
 
+def identity(checkpoint: Path) -> dict[str, Any]:
+    """Which checkpoint this is, by its contents: the run that `init_from` names may have gone on since."""
+    return {"checkpoint": str(checkpoint), "manifest": _file_digest(checkpoint / MANIFEST)}
+
+
 def note_best(run_dir: Path, step: int, loss: float) -> None:
     """Take in the validation loss at `step`: where it is the lowest so far, checkpoint `step` is the best, and is kept.
 

@@ -19,6 +19,7 @@ from normfree.training import checkpoint as ckpt
 from normfree.training import faults
 from normfree.training.loop import Trainer
 from normfree.training.session import alone
+from plotting.seeds import group
 
 
 def test_learns(train_tiny):
@@ -227,6 +228,19 @@ def test_a_run_s_tokenizer_can_be_chosen_by_its_folder(train_tiny):
     assert load_tokenizer(again.directory / "tokenizer").fingerprint == load_tokenizer(folder).fingerprint
     with pytest.raises(UserError, match=f"Choose its own: data.tokenizer={folder}"):
         train_tiny("other", init_from=str(source.directory))
+
+
+def test_seeds_that_began_at_other_weights_are_no_samples_of_one_configuration(train_tiny):
+    """The run that init_from names may have been made longer in between."""
+    source = train_tiny("source")
+    first = train_tiny("first", init_from=str(source.directory))
+    again = train_tiny("again", init_from=str(source.directory), seed=2)
+    assert group([first, again])[0].count == "2 seeds"
+    assert first.status["origin"]["checkpoint"].endswith("step-00000006")
+    train_tiny("source", resume=str(source.directory), **{"train.max_steps": 9})
+    other = train_tiny("other", init_from=str(source.directory), seed=3)
+    with pytest.raises(UserError, match="an init_from of other contents"):
+        group([first, again, other])
 
 
 def test_init_from_starts_with_those_weights(train_tiny):
