@@ -27,8 +27,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import Config, flat_keys, resolve, resolve_vocabulary, weights_settings
+from normfree.config import Config, flat_keys, resolve, resolve_vocabulary
 from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DIRECTORY, EXIT_INTERRUPTED, EXIT_OK, UserError, say
+from normfree.identity import weights_settings
 from normfree.kinds import shown
 from normfree.plugins import load_plugin
 from normfree.records import write_atomically

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from normfree.config import Config, flat_keys, weights_hash, weights_settings
+from normfree.config import Config, flat_keys
 from normfree.errors import UserError
+from normfree.identity import weights_hash, weights_settings
 from normfree.runs import Run, is_evaluation, is_lost
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.

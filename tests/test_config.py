@@ -4,17 +4,9 @@ import dataclasses
 
 import pytest
 
-from normfree.config import (
-    Config,
-    ModelConfig,
-    flat_keys,
-    from_dict,
-    resolve,
-    resolve_vocabulary,
-    to_dict,
-    weights_differences,
-)
+from normfree.config import Config, ModelConfig, flat_keys, from_dict, resolve, resolve_vocabulary, to_dict
 from normfree.errors import UserError
+from normfree.identity import weights_differences
 from normfree.rules import CHOICES, RANGES, validate
 
 KEYS = {name for name, _, _ in flat_keys(Config())}

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 from normfree.cli import check_overrides
-from normfree.config import Config, OptimConfig, from_dict, resolve, to_dict, weights_hash
+from normfree.config import Config, OptimConfig, from_dict, resolve, to_dict
+from normfree.identity import weights_hash
 from normfree.rules import KEYS, validate
 from normfree.training.schedules import learning_rate
 from revival.tuning import rate_name

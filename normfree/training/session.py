@@ -14,11 +14,12 @@ from rich.console import Console
 from tqdm import tqdm
 
 from normfree import heads
-from normfree.config import Config, other_differences
+from normfree.config import Config
 from normfree.data.packing import Corpus
 from normfree.data.tokenizer import save_tokenizer
 from normfree.errors import EXIT_DIRECTORY, EXIT_DISK, EXIT_DIVERGED, EXIT_MEMORY, EXIT_OK, UserError
 from normfree.generate import complete
+from normfree.identity import other_differences
 from normfree.records import RunWriter, truncate
 from normfree.runs import checkpoint_name, is_run, load_run, norm_label
 from normfree.training import checkpoint as ckpt

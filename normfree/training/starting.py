@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from normfree.config import Config, weights_differences, weights_hash
+from normfree.config import Config
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, EXIT_DIVERGED, EXIT_OK, UserError
+from normfree.identity import weights_differences, weights_hash
 from normfree.runs import checkpoint_name, is_evaluation, is_run, load_run
 from normfree.training import checkpoint as ckpt
 from normfree.training.locking import LOCK

@@ -7,9 +7,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from normfree.cli import check_overrides, run_config
-from normfree.config import Config, InjectConfig, ModelConfig, OptimConfig, weights_hash
+from normfree.config import Config, InjectConfig, ModelConfig, OptimConfig
 from normfree.diagnostics.inject import Injector, running_modules
 from normfree.errors import UserError
+from normfree.identity import weights_hash
 from normfree.model import Transformer, init_weights
 from normfree.rules import validate
 from normfree.training.optimizer import build_optimizer

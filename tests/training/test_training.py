@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from normfree import load_model, load_run, load_runs
 from normfree.cli import run_config
-from normfree.config import weights_hash
 from normfree.data.tokenizer import load_tokenizer
 from normfree.errors import EXIT_CHECKPOINT, EXIT_DIRECTORY, UserError
+from normfree.identity import weights_hash
 from normfree.model.losses import CrossEntropy
 from normfree.training import checkpoint as ckpt
 from normfree.training import faults
