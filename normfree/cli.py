@@ -155,19 +155,19 @@ def resumed_config(config: Config, typed: list[str]) -> Config:
             f"{' '.join(f'--plugin {path}' for path in missing)}"
         )
     saved = run.config
-    bound = {*weights_settings(saved), "seed", "run_dir"} - {"train.max_steps"}
     ours = {name: value for name, value, _ in flat_keys(config)}
     theirs = {name: value for name, value, _ in flat_keys(saved)}
-    refused = []
-    for name in dict.fromkeys(override.key_or_group for override in parse(typed)[0]):
-        if name == "resume":
-            continue
-        if name not in KEYS:
-            refused.append(f"{name} is a choice of that run")
-        elif name in bound and ours[name] != theirs[name]:
-            refused.append(f"{name}: {shown(ours[name])}, not {shown(theirs[name])}")
-        else:
-            _set(saved, name, ours[name])
+    names = [name for name in dict.fromkeys(o.key_or_group for o in parse(typed)[0]) if name != "resume"]
+    bound = {"seed", "run_dir", *weights_settings(saved)}
+    for name in KEYS.keys() & set(names):
+        _set(saved, name, ours[name])
+    bound |= set(weights_settings(saved))  # what was typed may make a key matter, as spike_sigma does itself
+    refused = [f"{name} is a choice of that run" for name in names if name not in KEYS]
+    refused += [
+        f"{name}: {shown(ours[name])}, not {shown(theirs[name])}"
+        for name in names
+        if name in bound - {"train.max_steps"} and ours[name] != theirs[name]
+    ]
     done = theirs["train.max_steps"]
     if saved.train.max_steps < done:
         refused.append(f"train.max_steps: {saved.train.max_steps}, less than its {done}")

@@ -40,9 +40,8 @@ def other_differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def _differences(ours: Config, theirs: Config, weights: bool) -> list[str]:
-    """`weights`: in what changes them in both, or in the rest. Where a key names nothing, another one differs."""
-    one, two = (set(weights_settings(config)) for config in (ours, theirs))
-    changing = {"seed"} | (one & two if weights else one | two)
+    """`weights`: in what can change those of either, or in the rest."""
+    changing = {"seed", *weights_settings(ours), *weights_settings(theirs)}
     other = {name: value for name, value, _ in flat_keys(theirs)}
     return [
         f"{name}: {value!r}, not {other[name]!r}"

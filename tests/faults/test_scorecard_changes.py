@@ -24,6 +24,10 @@ MAY_CHANGE = {
     "log.tensorboard", "log.every", "log.wandb", "log.wandb_project", "log.figures", "log.sample_prompt",
 }  # fmt: skip
 PLACES = {"run_dir", "resume"}  # where a run is, and not what it is
+# Of MUST_AGREE, what names nothing in a run of the defaults: no rollback, and no fault that is planted.
+IDLE = {"rollback.retries", "rollback.lr_factor", "rollback.steps"} | {
+    f"debug.inject.{name}" for name in ("module", "phase", "value")
+}
 MUST_AGREE = {
     "seed", "init_from", "nan_policy", "spike_sigma", "rollback.retries", "rollback.lr_factor", "rollback.steps",
     "model.n_layer", "model.n_head", "model.n_embd", "model.n_inner", "model.block_size", "model.vocab_size",
@@ -96,7 +100,7 @@ def test_every_key_is_refused_or_allowed_as_its_class_says(begun, name):
     old, new = DEFAULTS[name], another(name)
     assert new != old
     config = changed(Config(), {name: new})
-    if name in MAY_CHANGE:
+    if name in MAY_CHANGE | IDLE:
         assert session.starting_point(config, begun, []) is None
         assert {k: v for k, v, _ in flat_keys(resumed(begun, name, new))}[name] == new
         return
@@ -111,6 +115,19 @@ def test_every_key_is_refused_or_allowed_as_its_class_says(begun, name):
         resumed(begun, name, new)
     assert caught.value.exit_code == EXIT_CONFIG
     assert f"{name}: {new!r}, not {old!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(IDLE))
+def test_keys_that_name_something_in_a_run_must_agree(tmp_path, name):
+    """Also where it is what was typed that makes them matter."""
+    busy = {"nan_policy": "rollback"} if name.startswith("rollback") else {"debug.inject.step": 3}
+    writer = RunWriter(tmp_path)
+    writer.config(changed(Config(), busy))
+    writer.close()
+    with pytest.raises(UserError, match=f"{name}: "):
+        session.starting_point(changed(Config(), busy | {name: another(name)}), tmp_path, [])
+    with pytest.raises(UserError, match=f"{name}: "):
+        resumed(tmp_path, name, another(name))
 
 
 def resumed(run_dir, name: str, value: object) -> Config:

@@ -190,7 +190,7 @@ def test_a_plugin_that_a_run_names_is_not_loaded(run_dir, tmp_path, canary, capf
     status["plugins"] = [{"path": str(evil), "sha256": hashlib.sha256(evil.read_bytes()).hexdigest()}]
     (run_dir / "run.json").write_text(json.dumps(status))
     assert cli.main([f"resume={run_dir}", "train.max_steps=400"]) != 0
-    assert "plug-ins: other files" in capfd.readouterr().err
+    assert "that run used plug-ins; give the same files" in capfd.readouterr().err
     assert not canary.exists()
 
 
