@@ -121,6 +121,9 @@ def prepare(data: DataConfig, report: Report = print) -> Corpus:
     return corpus
 
 
+TRIES = 100  # to have a lock whose folder disappears
+
+
 @contextmanager
 def alone(folder: Path, report: Report) -> Iterator[Path]:
     """Hold the lock of a corpus and give the name to write it under. Work that fails leaves nothing behind."""
@@ -128,12 +131,7 @@ def alone(folder: Path, report: Report) -> Iterator[Path]:
     temporary = folder.with_suffix(".tmp")
     lock = FileLock(folder.with_suffix(".lock"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            report("Another process is preparing this corpus; waiting for it.")
-            lock.acquire()
+        _acquire(lock, report)
     except OSError as error:
         raise UserError(
             f"data.cache_dir: {folder.parent} cannot be written ({error}). Name another.", EXIT_DATA
@@ -152,6 +150,22 @@ def alone(folder: Path, report: Report) -> Iterator[Path]:
         raise
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, report: Report) -> None:
+    """Wait for the lock. A process that fails takes the folders along that it had made, from under those who wait."""
+    folder, waiting = Path(lock.lock_file).parent, False
+    for _ in range(TRIES):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=-1 if waiting else 1)
+            return
+        except Timeout:
+            report("Another process is preparing this corpus; waiting for it.")
+            waiting = True
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(f"{folder} was taken away {TRIES} times")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -50,11 +50,16 @@ class Source(Protocol):
 
 
 def stat_identity(files: Iterable[tuple[Path, str]]) -> str:
-    """sha256 over name, size and time of change of (path, name) pairs."""
+    """sha256 over place, name, size and times of (path, name) pairs.
+
+    The place and the time of the inode's change tell files apart whose modification times were set to be equal, as
+    those of archives often are: the text of another folder must never be taken for this one.
+    """
     digest = hashlib.sha256()
     for path, name in files:
         status = path.stat()
-        digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        digest.update(os.fsencode(f"{path.absolute()}\0{name}\0{status.st_size}\0{times}\n"))
     return digest.hexdigest()
 
 

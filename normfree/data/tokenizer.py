@@ -194,7 +194,10 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         _require_unicode(texts)
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"data.tokenizer: {self.name} cannot encode every text: {error}", EXIT_DATA) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

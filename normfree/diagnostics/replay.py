@@ -4,7 +4,8 @@
     python -m normfree.diagnostics.replay RUN                      # its newest postmortem
 
 Says which module met it first, in which phase, and whether it is an overflow of the run's precision, a divergence that
-float64 meets too, a planted fault (debug.inject), or not reproduced. Needs no corpus. Every verdict ends with code 0.
+float64 meets too, a planted fault (debug.inject), a spike, or not reproduced. Needs no corpus. Every verdict ends with
+code 0.
 """
 
 import argparse
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = replaying.replay(pm, replaying.choose_device(pm, a.device))
         replaying.show(result, Console(markup=False, highlight=False))
         if a.json is not None:
-            a.json.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            try:
+                a.json.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--json {a.json} cannot be written: {error.strerror}.", EXIT_DIRECTORY) from None
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -24,12 +24,15 @@ from normfree.model import Transformer
 from normfree.records import strict
 from normfree.training import checkpoint as ckpt
 from normfree.training import machine
+from normfree.training.autopsy import is_spike
 from normfree.training.faults import LossScaler
 from normfree.training.optimizer import build_optimizer, gradient_norms, moments, peaks, trained
 from normfree.training.postmortem import Postmortem
 from normfree.training.step import StepInputs
 
 PLANTED, OVERFLOW, DIVERGENCE, NOT_REPRODUCED = "planted", "overflow", "divergence", "not reproduced"
+SPIKE = "spike"
+LOSS_AGREES = 1e-2  # relative: a step on another device, or not compiled, is the same step
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,12 @@ def replay(pm: Postmortem, device: torch.device) -> Replay:
 
 def judge(pm: Postmortem, trained: Pass, eager: Pass, double: Pass) -> tuple[str, str]:
     """(verdict, its reason in one or two sentences)"""
+    seen = pm.circumstances
+    if is_spike(pm.config, seen.loss, seen.grad_norm) and math.isclose(trained.loss, seen.loss, rel_tol=LOSS_AGREES):
+        return SPIKE, (
+            f"Every number is finite, now as then, and the loss is {trained.loss:.6g}, as it was. What stopped the run "
+            "is how far that lay above the losses before it (spike_sigma)."
+        )
     if not trained.bad and not eager.bad:
         return NOT_REPRODUCED, "The step is finite when it is run again: what the run met did not happen here."
     found = eager.finding

@@ -121,7 +121,11 @@ def _train(
     fresh = dict.fromkeys(("reason", "last_step", "tokens_per_second", "sample", "val/loss", "fault"))
     earlier = load_run(run_dir).status if is_run(run_dir) else {}
     changed = other_differences(config, load_run(run_dir).config) if is_run(run_dir) else []
-    events = [event for event in earlier.get("events", []) if event["step"] < start or event["kind"] == "rollback"]
+    events = [  # a rollback that the checkpoint does not know of will be met again
+        event
+        for event in earlier.get("events", [])
+        if (trainer.rollbacks.leaves_out(event["step"]) if event["kind"] == "rollback" else event["step"] < start)
+    ]
     if changed:
         text = f"goes on from step {start} with other settings: {'; '.join(changed)}"
         events.append(Event(start, "settings", None, text).to_dict())

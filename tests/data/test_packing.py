@@ -1,9 +1,13 @@
 """The corpus on disk: what it holds, when it is made anew, and what happens when something goes wrong."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from corpora import quiet, write_corpus
 from normfree.config import DataConfig
 from normfree.data import bpe, packing
 from normfree.data.batches import Batches
-from normfree.data.packing import Corpus, prepare
+from normfree.data.packing import Corpus, alone, prepare
 from normfree.data.sources import Document, Files
 from normfree.data.split import split_documents
 from normfree.data.tokenizer import END_OF_TEXT
@@ -295,3 +299,44 @@ def test_documents_are_read_as_they_are(tmp_path: Path) -> None:
     assert "".join(parts).encode() == path.read_bytes()
     assert (corpus.tokens("train") == corpus.tokenizer.end_of_text).sum() == 1
     assert isinstance(next(Files(data).documents("train")), Document)
+
+
+def test_folders_that_look_alike_are_two_texts(tmp_path):
+    """Equal names, sizes and modification times, as archives and images make them: the second was never read."""
+    texts = {}
+    for name, letter in (("one", "a"), ("other", "b")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "t.txt"
+        path.write_text("".join(f"{letter * 4} {n}\n" for n in range(3000, 6000)))
+        os.utime(path, (0, 0))
+        texts[name] = DataConfig(
+            source="files", path=str(tmp_path / name), tokenizer="bytes", seq_len=16, cache_dir=str(tmp_path / "cache")
+        )
+    one, other = (prepare(data, report=lambda line: None) for data in texts.values())
+    assert one.fingerprint != other.fingerprint
+    assert prepare(texts["one"], report=lambda line: None).fingerprint == one.fingerprint
+    path = tmp_path / "one" / "t.txt"
+    path.write_text(path.read_text().replace("a", "c"))  # in place, of the same size, and its time put back
+    os.utime(path, (0, 0))
+    assert prepare(texts["one"], report=lambda line: None).fingerprint not in (one.fingerprint, other.fingerprint)
+
+
+def test_who_waits_for_a_process_that_fails_takes_its_place(tmp_path):
+    """The one that fails takes the folders along that it had made."""
+    folder = tmp_path / "cache" / "corpora" / "x"
+    reports, began = [], threading.Event()
+
+    def fail():
+        with contextlib.suppress(ValueError), alone(folder, reports.append):
+            began.set()
+            time.sleep(1.5)  # longer than the other one tries before it says that it waits
+            raise ValueError
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    began.wait()
+    with alone(folder, reports.append) as temporary:
+        thread.join()
+        assert temporary.parent == folder.parent
+        assert folder.parent.is_dir()
+    assert reports == ["Another process is preparing this corpus; waiting for it."]

@@ -297,3 +297,12 @@ def test_bytes_are_counted_where_a_character_is_cut(built_in: Tokenizer) -> None
     ids = built_in.encode_batch([text])[0]
     for cut in range(len(ids)):
         assert built_in.n_bytes(ids[:cut]) + built_in.n_bytes(ids[cut:]) == len(text.encode())
+
+
+def test_a_tokenizer_that_cannot_encode_every_text_is_a_message(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    words = tokenizers.models.WordLevel({"hello": 0, "</s>": 1}, unk_token=None)
+    tokenizers.Tokenizer(words).save(str(path))
+    with pytest.raises(UserError, match="cannot encode every text: .*UNK") as caught:
+        build(str(path))
+    assert caught.value.exit_code == EXIT_DATA

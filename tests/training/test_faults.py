@@ -191,3 +191,22 @@ def test_the_bad_step_is_in_the_scalars(tiny, tmp_path, monkeypatch):
     steps, norms = load_run(tmp_path / "bad").series("grad_norm")
     assert steps.tolist() == [0, 3]
     assert math.isnan(norms[1])
+
+
+def test_a_rollback_that_is_met_again_is_one_event(train_tiny, monkeypatch):
+    """Killed between a rollback and the next checkpoint, a run goes on from before it and takes the same way."""
+    settings = {"nan_policy": "rollback", "debug.inject.step": 7, "debug.inject.module": "blocks.1.mlp.fc"}
+    settings |= {"train.max_steps": 14, "train.checkpoint_every": 5}
+    step = Trainer.train_step
+
+    def killed(self, number, *args):
+        if number == 9 and self.rollbacks.leaves_out(7):
+            raise RuntimeError("killed")
+        return step(self, number, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_tiny(**settings)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    events = [event for event in train_tiny(**settings).status["events"] if event["kind"] == "rollback"]
+    assert [event["step"] for event in events] == [7]

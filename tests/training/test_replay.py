@@ -1,6 +1,7 @@
 """A planted fault is named exactly, kept, and found again at its place; a replay says what kind of fault it was."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from planting import GPT2, NORMFREE, SHORT, names, planted_run, sites
 from safetensors.torch import load_file, save_file
 
 from normfree.cli import run_config
+from normfree.config import Config
 from normfree.diagnostics.replay import main
 from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, UserError
 from normfree.runs import load_run
 from normfree.training import machine
 from normfree.training.postmortem import advice, load_postmortem, ring_table
-from normfree.training.replaying import replay
+from normfree.training.replaying import NOT_REPRODUCED, SPIKE, judge, replay
 
 CPU = torch.device("cpu")
 TWO = {"train.micro_batch_size": 4}  # micro-batches
@@ -248,3 +250,14 @@ def test_the_ring_as_text():
     assert lines[0].split() == ["step", "loss", "max", "resid_max"]
     assert lines[-1].split() == ["19", "4", "nan"]
     assert ring_table({}) == ""
+
+
+@pytest.mark.parametrize(("again", "verdict"), [(9.21554, SPIKE), (5.0, NOT_REPRODUCED)])
+def test_a_spike_is_told_from_what_did_not_happen_again(again, verdict):
+    """It was called not reproduced though the loss was the same to the last digit."""
+    seen = SimpleNamespace(loss=9.21554, grad_norm=0.9)
+    pm = SimpleNamespace(config=Config(spike_sigma=0.7), circumstances=seen, step=74)
+    once_more = SimpleNamespace(bad=False, loss=again)
+    found, words = judge(pm, once_more, once_more, once_more)
+    assert found == verdict
+    assert ("spike_sigma" in words) == (verdict == SPIKE)
