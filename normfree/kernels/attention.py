@@ -7,8 +7,10 @@ the input, and attention costs little more than reading and writing its tensors.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+FEW_KEYS = 16  # fp32 numbers in a CPU's vector register, at most
 SHORT = 128  # positions that one program can hold
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -24,10 +26,22 @@ def _unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """(B, H, T, T), -inf after the diagonal."""
-    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+def _scores(q: Tensor, k: Tensor, scale: float, q_offset: int = 0) -> Tensor:
+    """(B, H, T, S), -inf where a key is later than the query, which stands at its row + `q_offset`."""
+    later = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(q_offset + 1)
     return (scale * q @ k.transpose(2, 3)).masked_fill(later, float("-inf"))
+
+
+def attention_by_definition(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, q_offset: int = 0, dropout: float = 0.0
+) -> Tensor:
+    """Causal softmax attention with its probabilities at hand: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    For fewer than `FEW_KEYS` keys on a CPU: PyTorch's kernel takes their largest score with a comparison that leaves
+    NaN out, and a row of NaN for one that sees nothing, of which it makes zeros (pytorch/pytorch#141128 was the same at
+    any length). With a mask instead of `is_causal` it does not, but then a key that is NaN reaches the rows before it.
+    """
+    return F.dropout(_scores(q, k, scale, q_offset).softmax(-1), dropout) @ v
 
 
 def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -53,7 +67,7 @@ def _packed_attention(qkv: Tensor, heads: int, scale: float, look: bool) -> tupl
 
         return attention_long_triton.forward(qkv.contiguous(), heads, scale, look)
     q, k, v = _unpack(qkv, heads)
-    y = (_scores(q.float(), k.float(), scale).softmax(-1) @ v.float()).to(v.dtype)
+    y = attention_by_definition(q.float(), k.float(), v.float(), scale).to(v.dtype)
     rows = _rows(q, k, scale) if look else nothing.clone()
     return y.transpose(1, 2).flatten(2).contiguous(), nothing, rows
 

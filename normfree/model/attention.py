@@ -81,21 +81,6 @@ class QKVLinear(nn.Module):
         return linear(x, self.weight, self.bias, self.fast)
 
 
-FEW_KEYS = 16  # fp32 numbers in a vector register, at most
-
-
-def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, scale: float, q_offset: int, dropout: float) -> Tensor:
-    """Causal softmax attention with its probabilities at hand; shapes as in `InnerAttention`.
-
-    For fewer than `FEW_KEYS` keys on a CPU: PyTorch's kernel takes their largest score with a comparison that leaves
-    NaN out, and a row of NaN for one that sees nothing, of which it makes zeros (pytorch/pytorch#141128 was the same at
-    any length). With a mask instead of `is_causal` it does not, but then a key that is NaN reaches the rows before it.
-    """
-    later = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(q_offset + 1)
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(later, float("-inf"))  # (B, H, T, S)
-    return F.dropout(scores.softmax(-1), dropout) @ v
-
-
 class InnerAttention(nn.Module):
     """Causal softmax attention: the seam where diagnostics see q, k and v. It owns the scale, 1/sqrt(D)."""
 
@@ -123,8 +108,8 @@ class InnerAttention(nn.Module):
             y, seen = kernel.packed_attention(packed, q.size(1), self.scale, self.look)
             self.seen = seen if self.look else None
             return y.unflatten(2, (q.size(1), -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        if keys < FEW_KEYS and q.device.type == "cpu":
-            return attention_by_definition(q, k, v, self.scale, q_offset, dropout)
+        if keys < kernel.FEW_KEYS and q.device.type == "cpu":
+            return kernel.attention_by_definition(q, k, v, self.scale, q_offset, dropout)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, dropout_p=dropout, scale=self.scale
         )
