@@ -33,9 +33,9 @@ from normfree.identity import weights_settings
 from normfree.kinds import shown
 from normfree.plugins import load_plugin
 from normfree.records import write_atomically
-from normfree.rules import cross_faults, validate, value_faults
+from normfree.rules import KEYS, cross_faults, validate, value_faults
 from normfree.runs import is_checkpoint, is_evaluation, is_run, load_run
-from normfree.words import CONF, KEYS, Typed, groups, help_text, lists, parse, read, split_words, values_of
+from normfree.words import CONF, Typed, groups, help_text, lists, parse, read, split_words, values_of
 
 PROCESS_VARIABLE = "NORMFREE_PROCESS"  # the process that was started; others are workers of a parallel sweep
 PLUGINS_VARIABLE = "NORMFREE_PLUGINS"  # how `--plugin` reaches the processes of a parallel sweep

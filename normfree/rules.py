@@ -8,7 +8,7 @@ from normfree.errors import UserError, unknown
 from normfree.kinds import shown
 from normfree.tables import ACTIVATIONS, LOSSES, NORMS, SCHEDULES, SOURCES, STATISTICS, Table
 
-KEYS = {name for name, _, _ in flat_keys(Config())}
+KEYS = dict.fromkeys(name for name, _, _ in flat_keys(Config()))  # in their order
 
 CHOICES: dict[str, Table | tuple[str, ...]] = {
     "model.norm": NORMS,

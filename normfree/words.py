@@ -17,13 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import Config, flat_keys, help_lines
+from normfree.config import Config, help_lines
 from normfree.errors import UserError, unknown
 from normfree.kinds import shown
-from normfree.rules import CHOICES
+from normfree.rules import CHOICES, KEYS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-KEYS = {name: weights for name, _, weights in flat_keys(Config())}
 SECTIONS = {name[: m.start()] for name in KEYS for m in re.finditer(r"\.", name)}
 LONGEST_SWEEP = 10_000  # jobs
 

@@ -17,8 +17,8 @@ from normfree import cli
 from normfree.cli import run_config
 from normfree.config import Config, from_dict, resolve, to_dict
 from normfree.errors import EXIT_CONFIG, EXIT_DIVERGED, EXIT_OK, UserError
-from normfree.rules import CHOICES, RANGES, faults, validate
-from normfree.words import KEYS, groups, read
+from normfree.rules import CHOICES, KEYS, RANGES, faults, validate
+from normfree.words import groups, read
 
 FUZZ = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
 KEY = st.sampled_from(sorted(DEFAULTS))
