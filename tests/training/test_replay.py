@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from normfree.cli import run_config
 from normfree.config import Config
 from normfree.diagnostics.replay import main
-from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, UserError
+from normfree.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DIRECTORY, UserError
 from normfree.runs import load_run
 from normfree.training import machine
 from normfree.training.postmortem import advice, load_postmortem, ring_table
@@ -140,6 +140,7 @@ def test_half_precision_overflow(tiny, tmp_path):
 
 def test_the_command(planted, capsys, tmp_path):
     out = tmp_path / "verdict.json"
+    assert main([str(planted.directory.parent.parent), "--json", str(tmp_path)]) == EXIT_DIRECTORY
     assert main([str(planted.directory.parent.parent), "--json", str(out)]) == 0
     text = capsys.readouterr().out
     assert "verdict: planted" in text
