@@ -49,7 +49,8 @@ def load_plugins(paths: Iterable[str | Path]) -> list[dict[str, str]]:
 
 def _line(error: Exception, path: Path) -> str:
     """Where in the file it happened: `, line 3`; empty where that is elsewhere."""
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):  # in this file, or in one that it imports
+        places.append((error.filename or "", error.lineno))
+    lines = [line for name, line in places if Path(name).resolve() == path.resolve()]
     return f", line {lines[-1]}" if lines else ""

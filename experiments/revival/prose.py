@@ -1,10 +1,12 @@
 """What docs/relu-revival.md says whatever the results are: titles, notes, method, commands."""
 
+from revival.cells import LONG_WARMUP, PREFIX_STEPS, PUBLISHED_WARMUP, SHORT_WARMUP, prefix_final
+
 TITLES = {
     "A": "A. Four arms at tuned rates, Pythia-70M's dimensions",
     "A2": "A2. The same, with rates between those of rung A",
-    "B": "B. Mechanism: is it scale, of the embeddings or of the activation's input?",
     "A3": "A3. The same, with a longer warm-up",
+    "B": "B. Mechanism: is it scale, of the embeddings or of the activation's input?",
     "C": "C. Four arms, GPT-2's dimensions",
     "D": "D. The softmax-only model",
     "E": "E. Learned slopes",
@@ -17,9 +19,9 @@ NOTES = {
     "decide which is ahead. So each arm's optimum is looked for once more, at rates a factor of \u221a2 below and "
     "above it. Rung A's runs of the arm count here too, and its verdicts stay as they are. A run that fails like that "
     "ends above 6 nats, which is below the unigram entropy: it counts as any other, and is not lost.",
-    "A3": "Added after rungs A to C were seen. Runs that fail do so at the end of their warm-up, of 200 steps; GPT-2 "
-    "with ReLU survives 1e-3 with 1,613 of them, and not with 200. So which rates an arm can have, and with them the "
-    "order at tuned rates, may be a matter of the warm-up: here it is half of the run, as in `faithful_prefix`.",
+    "A3": "Added after rungs A to C were seen. Which rates an arm can have, and with them the order at tuned rates, "
+    f"may be a matter of the warm-up: rung A's has {SHORT_WARMUP} steps, the published one {PUBLISHED_WARMUP:,}. Here "
+    f"it is half of the run, {LONG_WARMUP} steps.",
     "B": "Embeddings have a standard deviation of .02 at first: times \u221ad = \u221a512 = 22.627 it is .45, times "
     "50 it is 1, as after a norm; this also changes scores, and how fast embeddings move beside the rest. "
     "GELU(bx)/b scales the activation's input alone: it tends to ReLU as b grows, and ReLU(bx)/b is ReLU for any b, so "
@@ -27,11 +29,11 @@ NOTES = {
     "the residual stream times 1/\u221a(2 x 6 layers). Pythia has biases in its feed-forward layers, and the "
     "original's GPT-2 has none: the arms of rung A have them, and the change is to take them away. What changes the "
     "scale alone is run at rung A's common rate too; this was added after the runs at tuned rates were seen.",
-    "C": "GPT-2's dimensions have 111 million parameters with this vocabulary. `faithful_prefix` is the published "
-    "schedule stopped at a tenth: half of it is warm-up, and at its end the rate is still at 95 % of the peak, where "
-    "the published run, whose numbers stand beside, has come down; at 25 and at 50 % it is still warming up. `tuned` "
-    "has the length of rung A, so that the two sizes compare at one length. At scale full `faithful` is the whole "
-    "schedule.",
+    "C": "With this vocabulary GPT-2's dimensions have fewer parameters than 124 million. `faithful_prefix` is the "
+    f"published schedule stopped at a tenth: {PUBLISHED_WARMUP:,} of its {PREFIX_STEPS:,} steps are warm-up, and at "
+    f"its end the rate is still at {100 * prefix_final(PREFIX_STEPS):.0f} % of the peak, where the published run, "
+    "whose numbers stand beside, has come down; at 25 and at 50 % it is still warming up. `tuned` has the length of "
+    "rung A, so that the two sizes compare at one length. At scale full `faithful` is the whole schedule.",
     "D": "A run that is stopped at its first bad step counts as lost after that one step; elsewhere bad steps are left "
     "out, and it takes 100 of them in a row.",
     "F": "Depth-scaled initial values, a deviation too, are arms of rung B, at their own best rates.",
@@ -77,8 +79,8 @@ METHOD = """## Method, fixed before the runs
 - **Overloaded** is a head whose mean entropy is at least three quarters of its ceiling, ln(T!)/T.
 - **What heads are worth**: each head's attention is replaced by uniform causal attention, and by its own mean over
   other sequences; values and all other heads stay. Less than .001 nats is called next to nothing. The loss is that of
-  16,384 tokens, the same with and without; a head's cost has a standard error over their sequences, which was added
-  later and stands in the table where it was recorded. Runs that are far off are left out.
+  {head_tokens:,} tokens, the same with and without; a head's cost has a standard error over their sequences, which was
+  added later and stands in the table where it was recorded. Runs that are far off are left out.
 - **Intervals** are not corrected for their number: one in twenty leaves out 0 by chance, and there are dozens. Where
   all seeds agree, as on 0 % of heads, a t interval is narrow and says little.
 

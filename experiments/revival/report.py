@@ -48,7 +48,7 @@ def write(out: Path, docs: Path) -> Path:
     """Draw the figures and write the page; returns its path."""
     folder = docs / "figures" / "relu_revival"
     found = views(out)
-    lines = [_intro(out), *overview.rungs(), *_answers(found), prose.METHOD.format(far=FAR, unigram=_unigram(found))]
+    lines = [_intro(out), *overview.rungs(), *_answers(found), _method(found)]
     for view in found:
         lines += _scale(view, folder, docs)
     cell = SHORT_PYTHIA
@@ -58,6 +58,11 @@ def write(out: Path, docs: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines).rstrip() + "\n")
     return path
+
+
+def _method(found: Sequence[View]) -> str:
+    head_tokens = SHORT_PYTHIA.head_sequences * PUBLISHED_T
+    return prose.METHOD.format(far=FAR, unigram=_unigram(found), head_tokens=head_tokens)
 
 
 def _intro(out: Path) -> str:

@@ -77,7 +77,8 @@ def _at_common(view: View, relu: tuple[str, str], gelu: tuple[str, str]) -> str:
     )
     if before and after:
         change = paired(after.points, before.points)
-        text = f"{words.interval(after)} nats, {_explained(before, after, change, set())}"
+        far = {seed for arm in (relu, gelu) for seed in far_off(view.reported(*arm, common))}
+        text = f"{words.interval(after)} nats, {_explained(before, after, change, far)}"
         return f" {preliminary(after, change)}At the common rate, {words.rate_name(common)}: {text}."
     alone = at_rate(view, common, ("A", "relu"), ("A", "gelu")), at_rate(view, common, relu, gelu)
     if None in alone:

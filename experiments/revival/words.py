@@ -96,8 +96,9 @@ def lost_words(records: Sequence[Record]) -> str:
     if not n:
         return "not run"
     low, high = binomial_interval(k, n)
+    high += 1e-9  # 97.5 % comes out a hair less, and is 98, not 97
     far = len(far_off(records))
-    return f"{k} of {n} ({100 * low:.0f} to {100 * high + 1e-9:.0f} %)" + (f", {far} far off" if far else "")
+    return f"{k} of {n} ({100 * low:.0f} to {100 * high:.0f} %)" + (f", {far} far off" if far else "")
 
 
 def millions(tokens: float) -> str:
